@@ -1,0 +1,2 @@
+//! The `hoist` program.
+fn main() {}

@@ -1,0 +1,12 @@
+//! Model files as data: reads the header of a GGUF, SafeTensors or APR v2 file, or of a folder or set of shards, into a
+//! [`Manifest`], and touches no weight byte.
+//!
+//! Every byte is untrusted: nothing here panics, and no allocation is sized by a number that was not checked against the
+//! length of the file first.
+#![forbid(unsafe_code)]
+
+mod error;
+mod manifest;
+
+pub use error::{Error, Result};
+pub use manifest::{Format, Manifest, MetaArray, MetaValue, Metadata, Shard, TensorInfo};

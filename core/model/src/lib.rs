@@ -1,0 +1,11 @@
+//! What the tensors of a model mean.
+//!
+//! Names become roles in [`resolve`], by the conventions of each source format; an architecture says which roles it
+//! requires and with which shapes; [`build_program`] writes its forward pass as data. No backend knows any of this.
+#![forbid(unsafe_code)]
+
+mod error;
+mod resolved;
+
+pub use error::{Error, Result};
+pub use resolved::{ResolvedModel, ResolvedWeight};
