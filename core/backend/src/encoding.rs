@@ -53,6 +53,11 @@ pub enum Encoding {
     I16,
     I32,
     I64,
+    U8,
+    U16,
+    U32,
+    U64,
+    Bool,
 }
 
 /// What an encoding can be used for.
@@ -71,7 +76,7 @@ pub enum EncodingKind {
 struct Facts {
     encoding: Encoding,
     name: &'static str,
-    /// `ggml_type` in GGUF files; `None` for APR's own encodings.
+    /// `ggml_type` in GGUF files; `None` for APR's own encodings and for types that only SafeTensors and APR have.
     ggml_id: Option<u32>,
     /// Weights a block, bytes a block.
     block: (u64, u64),
@@ -123,6 +128,11 @@ const FACTS: &[Facts] = facts! {
     I16 "i16" Some(25), 1 2 Other;
     I32 "i32" Some(26), 1 4 Other;
     I64 "i64" Some(27), 1 8 Other;
+    U8 "u8" None, 1 1 Other;
+    U16 "u16" None, 1 2 Other;
+    U32 "u32" None, 1 4 Other;
+    U64 "u64" None, 1 8 Other;
+    Bool "bool" None, 1 1 Other;
 };
 
 /// `ggml_type` ids that once had a meaning and were removed from GGML: 4, 5 (Q4_2, Q4_3), 31–33 (Q4_0_4_4 and kin),
