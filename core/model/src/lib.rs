@@ -4,8 +4,12 @@
 //! requires and with which shapes; [`build_program`] writes its forward pass as data. No backend knows any of this.
 #![forbid(unsafe_code)]
 
+mod architecture;
 mod error;
+mod hyper;
 mod resolved;
 
+pub use architecture::{Architecture, Lineage};
 pub use error::{Error, Result};
+pub use hyper::{ExpertParameters, HyperParameters, LayerAttention, RopeParameters, RopeScaling};
 pub use resolved::{ResolvedModel, ResolvedWeight};

@@ -1,3 +1,4 @@
+use crate::{Architecture, HyperParameters, Lineage};
 use hoist_backend::{Encoding, IndexLayout, Role, Shape, SourceView, ValueChange, WeightClass};
 
 /// A weight with its meaning: what a plan needs, before any backend is asked.
@@ -39,4 +40,16 @@ pub struct ResolvedModel {
     pub index: IndexLayout,
     /// Tensors that no role claims.
     pub unclaimed: Vec<String>,
+    /// Tensors that are known and read on the host instead of being resident, such as `rope_freqs.weight`.
+    pub host_tensors: Vec<String>,
+    /// Tensors that are known and not needed, such as an output matrix beside a configuration that ties it.
+    pub redundant: Vec<String>,
+    /// Which architecture's forward pass it has.
+    pub kind: Architecture,
+    /// Whose conventions its values follow.
+    pub lineage: Lineage,
+    /// The numbers of its forward pass.
+    pub hyper: HyperParameters,
+    /// Hyper-parameters that the file lacks and whose default its format defines, as (key, value).
+    pub defaults_used: Vec<(String, String)>,
 }
