@@ -218,7 +218,7 @@ impl Encoding {
     /// [`Error::InvalidArgument`] if `cols` is no multiple of the block, or the product overflows.
     pub fn row_bytes(self, cols: u64) -> Result<u64> {
         let (weights, bytes) = self.facts().block;
-        if cols % weights != 0 {
+        if !cols.is_multiple_of(weights) {
             return Err(Error::InvalidArgument {
                 what: format!("columns of a {self} matrix"),
                 expected: format!("a multiple of {weights}"),

@@ -91,7 +91,7 @@ impl Account {
             return Err(self.refuse(start, end, format!("the weight has {} bytes", self.nbytes)));
         }
         debug_assert!(self.prefix == 0 || self.granule == 1);
-        if start % self.granule != 0 || end % self.granule != 0 {
+        if !start.is_multiple_of(self.granule) || !end.is_multiple_of(self.granule) {
             return Err(self.refuse(start, end, format!("it splits a block of {} bytes", self.granule)));
         }
         let next = self.arrived.partition_point(|&(s, _)| s < start);
