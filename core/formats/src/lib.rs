@@ -5,8 +5,15 @@
 //! length of the file first.
 #![forbid(unsafe_code)]
 
+mod detect;
 mod error;
+mod gguf;
+mod header;
+mod layout;
 mod manifest;
+mod metadata;
+mod source;
 
+pub use detect::{open, open_bytes};
 pub use error::{Error, Result};
 pub use manifest::{Format, Manifest, MetaArray, MetaValue, Metadata, Shard, TensorInfo};

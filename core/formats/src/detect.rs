@@ -1,0 +1,73 @@
+//! Which format a file is of, by its first bytes.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::{Error, Manifest, Result, Shard, gguf};
+
+/// Opens a model: a GGUF file (or any file of a split one), a SafeTensors file, a `*.index.json` of SafeTensors shards,
+/// an APR file or the JSON manifest of APR shards, or a Hugging Face folder. The format is told by content, not by name.
+///
+/// Only headers are read, with one exception: an LZ4-compressed APR file is decompressed into memory. Each file is
+/// opened once and stays open in [`Shard::source`].
+///
+/// # Errors
+/// Every way in which the bytes can be wrong has a variant of [`Error`]. A refused file takes less than 64 MiB of memory
+/// and no time that depends on the numbers in it.
+pub fn open(path: &Path) -> Result<Manifest> {
+    open_shard(path, Shard::open(path)?)
+}
+
+/// Opens a model that is in memory as a whole, such as one embedded in a program. `name` stands for its path.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_bytes(name: &str, bytes: Arc<[u8]>) -> Result<Manifest> {
+    let path = Path::new(name);
+    open_shard(path, Shard::in_memory(path, bytes))
+}
+
+fn open_shard(path: &Path, shard: Shard) -> Result<Manifest> {
+    let file = shard.name();
+    if shard.source.len == 0 {
+        return Err(Error::Empty { file });
+    }
+    let (head, len) = head(&shard)?;
+    if head.starts_with(gguf::MAGIC) {
+        return gguf::open(path, shard);
+    }
+    Err(Error::WrongMagic {
+        file,
+        expected: "the magic of GGUF, APR or SafeTensors",
+        found: show(&head[..len]),
+    })
+}
+
+/// The first 16 bytes, or fewer if there are no more.
+fn head(shard: &Shard) -> Result<([u8; 16], usize)> {
+    let mut head = [0; 16];
+    let len = usize::try_from(shard.source.len).map_or(head.len(), |len| len.min(head.len()));
+    shard.read_at(0, &mut head[..len])?;
+    Ok((head, len))
+}
+
+/// Checks the magic of a shard whose format is known.
+pub(crate) fn expect_magic(shard: &Shard, magic: &[u8], expected: &'static str) -> Result<()> {
+    if shard.source.len == 0 {
+        return Err(Error::Empty { file: shard.name() });
+    }
+    let (head, len) = head(shard)?;
+    if head[..len].starts_with(magic) {
+        return Ok(());
+    }
+    Err(Error::WrongMagic {
+        file: shard.name(),
+        expected,
+        found: show(&head[..len]),
+    })
+}
+
+/// Bytes as text where they are text.
+fn show(bytes: &[u8]) -> String {
+    format!("\"{}\"", bytes.escape_ascii())
+}
