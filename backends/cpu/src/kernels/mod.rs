@@ -1,0 +1,82 @@
+//! Quantised matrix × activations, exactly as `docs/numerics.md` §1 writes it, and fast.
+//!
+//! | call | what it does |
+//! |---|---|
+//! | [`Isa::detect`] | the instruction set to use: AVX-512 with VNNI, AVX2, or plain scalar code |
+//! | [`quantise`] | one activation vector to [`Segment`]s (§1.1) |
+//! | [`prepare_side`] | the exponents kept beside rows (§1.2) |
+//! | [`pack`], [`unpack`] | rearrange a matrix in place so that SIMD lanes are rows, and read canonical bytes back |
+//! | [`matmul`] | rows of a matrix × tokens (§1.3), on one thread |
+//!
+//! # Threads
+//!
+//! A call of [`matmul`] runs on the caller's thread. To use several, split the rows at multiples of [`Isa::group`] and give
+//! each thread its own [`Scratch`] and its own part of the [`Results`].
+//!
+//! # Memory
+//!
+//! Nothing here allocates but [`Scratch::new`]. Activations are [`Segment`]s, plain data of 512 bytes for each 256 elements, in
+//! memory of the caller's: `tokens · segments(cols)` of them. Beside each row of a matrix stand [`SIDE_ROW_BYTES`] and, for
+//! each segment, [`SIDE_SEGMENT_BYTES`].
+//!
+//! # Exactness
+//!
+//! Every instruction set gives the same bits: sums are sums of integers, and the few float operations (the division and
+//! products of §1.1, the last two roundings of §1.3) are single IEEE operations in each of them.
+
+mod activations;
+mod matrix;
+mod pack;
+mod round;
+mod scalar;
+mod side;
+
+pub(crate) use activations::{Segment, quantise, segments};
+pub(crate) use matrix::{QuantMatrix, Results, Scratch, matmul};
+pub(crate) use pack::{pack, unpack};
+pub(crate) use side::{SIDE_ROW_BYTES, SIDE_SEGMENT_BYTES, prepare_side, side_row_bytes};
+
+/// A NaN or infinity among operands or results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NonFinite;
+
+/// An instruction set that this machine has: there is no other way to come by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Isa(Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Scalar,
+}
+
+impl Isa {
+    /// The fastest one.
+    pub(crate) fn detect() -> Self {
+        Self::scalar()
+    }
+
+    /// Portable code that reads like the contract.
+    pub(crate) const fn scalar() -> Self {
+        Self(Kind::Scalar)
+    }
+
+    /// All that this machine has, scalar first.
+    pub(crate) fn available() -> impl Iterator<Item = Self> {
+        [Some(Self::scalar())].into_iter().flatten()
+    }
+
+    /// Name for reports.
+    pub(crate) fn name(self) -> &'static str {
+        match self.0 {
+            Kind::Scalar => "scalar",
+        }
+    }
+
+    /// Rows that are computed together. Row ranges given to [`matmul`] start at multiples of it; they end at one too, or
+    /// at the matrix's last row.
+    pub(crate) fn group(self) -> usize {
+        match self.0 {
+            Kind::Scalar => 1,
+        }
+    }
+}
