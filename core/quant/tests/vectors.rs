@@ -1,6 +1,8 @@
 //! The committed vectors: blocks of every encoding and what independent decoders make of them. They are written by
 //! `scripts/quant/make_vectors.py`.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use hoist_backend::{Encoding, EncodingKind, Shape};
 use hoist_quant::{check_finite, dequantize, dequantize_matrix, dequantize_row};
 
