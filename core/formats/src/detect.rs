@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::{Error, Manifest, Result, Shard, gguf};
+use crate::source::io_error;
+use crate::{Error, Manifest, Result, Shard, gguf, hugging_face, safetensors};
 
 /// Opens a model: a GGUF file (or any file of a split one), a SafeTensors file, a `*.index.json` of SafeTensors shards,
 /// an APR file or the JSON manifest of APR shards, or a Hugging Face folder. The format is told by content, not by name.
@@ -15,6 +16,9 @@ use crate::{Error, Manifest, Result, Shard, gguf};
 /// Every way in which the bytes can be wrong has a variant of [`Error`]. A refused file takes less than 64 MiB of memory
 /// and no time that depends on the numbers in it.
 pub fn open(path: &Path) -> Result<Manifest> {
+    if std::fs::metadata(path).map_err(|e| io_error(path, e))?.is_dir() {
+        return hugging_face::open_folder(path);
+    }
     open_shard(path, Shard::open(path)?)
 }
 
@@ -28,19 +32,37 @@ pub fn open_bytes(name: &str, bytes: Arc<[u8]>) -> Result<Manifest> {
 }
 
 fn open_shard(path: &Path, shard: Shard) -> Result<Manifest> {
-    let file = shard.name();
-    if shard.source.len == 0 {
-        return Err(Error::Empty { file });
-    }
+    not_empty(&shard)?;
     let (head, len) = head(&shard)?;
+    let head = &head[..len];
     if head.starts_with(gguf::MAGIC) {
         return gguf::open(path, shard);
     }
+    if safetensors::looks_like(head) {
+        return safetensors::open(path, shard);
+    }
+    let is_json = head.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'{');
+    if is_json && shard.memory.is_none() {
+        return hugging_face::open_index(path, &shard);
+    }
     Err(Error::WrongMagic {
-        file,
-        expected: "the magic of GGUF, APR or SafeTensors",
-        found: show(&head[..len]),
+        file: shard.name(),
+        expected: match path.extension().and_then(|e| e.to_str()) {
+            Some("gguf") => "the magic `GGUF`",
+            Some("apr") => "the magic `APR\\0`",
+            Some("safetensors") => "the length of a JSON header, and `{` at byte 8",
+            _ => "the magic of GGUF or APR, or the start of a SafeTensors file",
+        },
+        found: show(head),
     })
+}
+
+/// Refuses a file of no bytes.
+pub(crate) fn not_empty(shard: &Shard) -> Result<()> {
+    if shard.source.len == 0 {
+        return Err(Error::Empty { file: shard.name() });
+    }
+    Ok(())
 }
 
 /// The first 16 bytes, or fewer if there are no more.
@@ -53,9 +75,7 @@ fn head(shard: &Shard) -> Result<([u8; 16], usize)> {
 
 /// Checks the magic of a shard whose format is known.
 pub(crate) fn expect_magic(shard: &Shard, magic: &[u8], expected: &'static str) -> Result<()> {
-    if shard.source.len == 0 {
-        return Err(Error::Empty { file: shard.name() });
-    }
+    not_empty(shard)?;
     let (head, len) = head(shard)?;
     if head[..len].starts_with(magic) {
         return Ok(());

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use hoist_backend::Encoding;
 
 use crate::header::{Budget, HeaderReader, to_usize};
+use crate::hugging_face::missing_shard;
 use crate::layout::{Gaps, check_extents, check_unique, tensor_bytes, tensor_cost};
 use crate::{Error, Format, Manifest, MetaArray, MetaValue, Metadata, Result, Shard, TensorInfo};
 
@@ -116,15 +117,7 @@ fn open_split(
                 (shard, found)
             }
             None => {
-                let shard = Shard::open(&shard_path).map_err(|e| match e {
-                    Error::Io { error, .. } if error.kind() == std::io::ErrorKind::NotFound => {
-                        Error::MissingShard {
-                            file: file.clone(),
-                            shard: shard_file.clone(),
-                        }
-                    }
-                    other => other,
-                })?;
+                let shard = Shard::open(&shard_path).map_err(|e| missing_shard(e, &file, &shard_path))?;
                 crate::detect::expect_magic(&shard, MAGIC, "the magic `GGUF`")?;
                 let gguf = read(&shard, index, &mut budget)?;
                 let metadata = Metadata::Gguf(gguf.metadata);

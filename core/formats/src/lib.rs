@@ -9,9 +9,12 @@ mod detect;
 mod error;
 mod gguf;
 mod header;
+mod hugging_face;
+mod json;
 mod layout;
 mod manifest;
 mod metadata;
+mod safetensors;
 mod source;
 
 pub use detect::{open, open_bytes};
