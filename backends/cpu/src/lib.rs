@@ -1,1 +1,21 @@
-//! Under construction.
+//! The CPU backend: Hoist's reference for the numerics contract, and a fast one.
+//!
+//! Weights lie in one arena, or in the mappings of their files ([`hoist_backend::OpenOptions::import`]); decode programs
+//! are interpreted over them. Linux on x86-64 is what is tested; other processors run the portable code.
+
+mod backend;
+mod finite;
+mod load;
+mod memory;
+mod provider;
+mod residency;
+mod side;
+mod transpose;
+mod view;
+
+pub use backend::CpuBackend;
+pub use provider::CpuProvider;
+pub use view::FloatView;
+
+/// The backend's name, and its one device's id.
+pub const NAME: &str = "cpu";

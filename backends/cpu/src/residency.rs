@@ -1,0 +1,424 @@
+//! Where each weight is: the layout of the arena, and the table of what lies in it.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use hoist_backend::{
+    Encoding, Error, FloatLayout, LoadPlan, Mapping, MemoryByClass, Result, Shape, UnsupportedWhat,
+    ValueChange, WeightClass, WeightId, WeightPlan,
+};
+
+use crate::memory::{ALIGNMENT, Arena, align_up};
+use crate::{finite, side, transpose};
+
+/// Where a weight's bytes are.
+pub(crate) enum Place {
+    /// Its reserved place in the arena.
+    Arena,
+    /// A run of a file's mapping.
+    Mapped {
+        mapping: Arc<dyn Mapping>,
+        range: Range<usize>,
+    },
+}
+
+/// One weight.
+pub(crate) struct Resident {
+    pub(crate) name: String,
+    pub(crate) class: WeightClass,
+    pub(crate) encoding: Encoding,
+    pub(crate) shape: Shape,
+    pub(crate) layout: FloatLayout,
+    /// Its canonical bytes in the arena, or their transposition; reserved, and untouched if it is mapped.
+    pub(crate) bytes: Range<usize>,
+    /// What is kept beside the rows of a quantised matrix; always in the arena.
+    pub(crate) side: Range<usize>,
+    pub(crate) place: Place,
+    /// Whether it may be served from a mapping: one run of the file, unchanged.
+    pub(crate) importable: bool,
+    /// Whether `side` is filled in.
+    pub(crate) side_done: bool,
+    /// Whether the matrix kernels have rearranged it.
+    pub(crate) packed: bool,
+}
+
+impl Resident {
+    pub(crate) fn nbytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub(crate) fn is_mapped(&self) -> bool {
+        matches!(self.place, Place::Mapped { .. })
+    }
+
+    /// Canonical bytes of a row; without the prefix of its matrix.
+    pub(crate) fn row_bytes(&self) -> usize {
+        let blocks = self.shape.cols / self.encoding.block_weights();
+        (blocks * self.encoding.block_bytes()) as usize
+    }
+
+    /// Canonical bytes of one matrix, prefix included.
+    pub(crate) fn matrix_bytes(&self) -> usize {
+        self.nbytes() / self.shape.matrices as usize
+    }
+
+    pub(crate) fn side_row_bytes(&self) -> usize {
+        if self.class == WeightClass::Quantized {
+            side::row_bytes(self.shape.cols)
+        } else {
+            0
+        }
+    }
+}
+
+/// All weights of a model.
+pub(crate) struct Residency {
+    pub(crate) weights: Vec<Resident>,
+    arena: Arena,
+    /// The arena up to here holds what is never imported; after it lie the places of importable weights, whose pages
+    /// stay untouched if they are.
+    owned_always: u64,
+}
+
+impl std::fmt::Debug for Residency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Residency")
+            .field("weights", &self.weights.len())
+            .field("arena", &self.arena)
+            .finish()
+    }
+}
+
+/// Checks what this backend relies on; the caller has validated the model.
+fn check(plan: &WeightPlan, place: usize) -> Result<()> {
+    let name = &plan.name;
+    if plan.id.index() != place {
+        return Err(Error::invalid(format!("id of weight `{name}`"), place, plan.id.0));
+    }
+    if !(plan.encoding.is_float() || plan.encoding.is_quantized()) {
+        return Err(Error::Unsupported {
+            backend: crate::NAME.into(),
+            what: UnsupportedWhat::Encoding {
+                encoding: plan.encoding,
+                usage: "weights",
+            },
+        });
+    }
+    let shape = plan.shape;
+    if shape.matrices == 0 || shape.rows == 0 || shape.cols == 0 {
+        return Err(Error::invalid(
+            format!("shape of `{name}`"),
+            "no zero dimension",
+            shape,
+        ));
+    }
+    let nbytes = plan.encoding.nbytes(shape)?;
+    if nbytes != plan.nbytes {
+        return Err(Error::invalid(
+            format!("canonical bytes of `{name}`"),
+            nbytes,
+            plan.nbytes,
+        ));
+    }
+    let class_fits = match plan.class {
+        WeightClass::Quantized => plan.encoding.is_quantized(),
+        WeightClass::Float => plan.encoding.is_float(),
+        WeightClass::Gamma | WeightClass::Bias => plan.encoding == Encoding::F32,
+    };
+    if !class_fits {
+        return Err(Error::invalid(
+            format!("class of `{name}`"),
+            format!("one that holds {}", plan.encoding),
+            format!("{:?}", plan.class),
+        ));
+    }
+    if plan.layout != FloatLayout::OutIn && plan.class != WeightClass::Float {
+        return Err(Error::invalid(
+            format!("layout of `{name}`"),
+            "OutIn for all but float matrices",
+            format!("{:?}", plan.layout),
+        ));
+    }
+    Ok(())
+}
+
+/// Whether a weight stands in its file as it is needed. Whether the run is aligned is known only once it is mapped.
+fn importable(plan: &WeightPlan) -> bool {
+    let one_run = matches!(plan.views.as_slice(), [view] if view.as_contiguous().is_some());
+    one_run && plan.change == ValueChange::Keep && plan.layout == FloatLayout::OutIn
+}
+
+impl Residency {
+    /// Lays the plan's weights out; `admit` sees the bytes that must be owned before they are allocated.
+    pub(crate) fn new(plan: &LoadPlan, import: bool, admit: impl FnOnce(u64) -> Result<()>) -> Result<Self> {
+        let too_large = || Error::OutOfMemory {
+            device: crate::NAME.into(),
+            what: "weights".into(),
+            needed: u64::MAX,
+            available: usize::MAX as u64,
+        };
+        let mut weights = Vec::with_capacity(plan.weights.len());
+        for (place, weight) in plan.weights.iter().enumerate() {
+            check(weight, place)?;
+            weights.push(Resident {
+                name: weight.name.clone(),
+                class: weight.class,
+                encoding: weight.encoding,
+                shape: weight.shape,
+                layout: weight.layout,
+                bytes: 0..0,
+                side: 0..0,
+                place: Place::Arena,
+                importable: import && importable(weight),
+                side_done: false,
+                packed: false,
+            });
+        }
+        // First what is owned in any case, then the places of importable weights.
+        let mut end = 0u64;
+        for (resident, weight) in weights.iter_mut().zip(&plan.weights) {
+            let side = if resident.class == WeightClass::Quantized {
+                weight
+                    .shape
+                    .matrices
+                    .checked_mul(weight.shape.rows)
+                    .and_then(|rows| rows.checked_mul(side::row_bytes(weight.shape.cols) as u64))
+                    .ok_or_else(too_large)?
+            } else {
+                0
+            };
+            let bytes = if resident.importable { 0 } else { weight.nbytes };
+            let side_start = end.checked_add(bytes).ok_or_else(too_large)?;
+            let side_end = side_start.checked_add(side).ok_or_else(too_large)?;
+            resident.bytes = to_range(end, side_start).ok_or_else(too_large)?;
+            resident.side = to_range(side_start, side_end).ok_or_else(too_large)?;
+            end = align_up(side_end).ok_or_else(too_large)?;
+        }
+        let owned_always = end;
+        for (resident, weight) in weights
+            .iter_mut()
+            .zip(&plan.weights)
+            .filter(|(r, _)| r.importable)
+        {
+            let bytes_end = end.checked_add(weight.nbytes).ok_or_else(too_large)?;
+            resident.bytes = to_range(end, bytes_end).ok_or_else(too_large)?;
+            end = align_up(bytes_end).ok_or_else(too_large)?;
+        }
+        admit(owned_always)?;
+        Ok(Self {
+            weights,
+            arena: Arena::new("weights", end)?,
+            owned_always,
+        })
+    }
+
+    /// The weight of that id.
+    pub(crate) fn weight(&self, id: WeightId) -> Result<&Resident> {
+        self.weights.get(id.index()).ok_or(Error::UnknownWeight {
+            weight: id,
+            weights: self.weights.len(),
+        })
+    }
+
+    /// Its bytes as they lie in memory: canonical unless transposed or packed.
+    pub(crate) fn bytes<'a>(&'a self, weight: &'a Resident) -> &'a [u8] {
+        match &weight.place {
+            Place::Arena => &self.arena.bytes()[weight.bytes.clone()],
+            Place::Mapped { mapping, range } => &mapping.bytes()[range.clone()],
+        }
+    }
+
+    /// The weights, and the arena to write their bytes to.
+    pub(crate) fn parts_mut(&mut self) -> (&mut [Resident], &mut [u8]) {
+        (&mut self.weights, self.arena.bytes_mut())
+    }
+
+    /// Bytes owned by class, padding included, and bytes mapped.
+    pub(crate) fn memory(&self) -> (MemoryByClass, u64) {
+        let mut owned = MemoryByClass::default();
+        let mut mapped = 0;
+        for weight in &self.weights {
+            let bytes = weight.nbytes() as u64;
+            let side = weight.side.len() as u64;
+            let resident = if weight.is_mapped() {
+                mapped += bytes;
+                side
+            } else {
+                bytes + side
+            };
+            *owned.class_mut(weight.class) += align_up(resident).unwrap_or(resident);
+        }
+        (owned, mapped)
+    }
+
+    /// Bytes that are owned even if every importable weight is imported.
+    pub(crate) fn owned_always(&self) -> u64 {
+        self.owned_always
+    }
+
+    /// Bytes of importable weights that are not mapped: what copying them takes.
+    pub(crate) fn importable_bytes(&self) -> u64 {
+        let copied = self.weights.iter().filter(|w| w.importable && !w.is_mapped());
+        copied
+            .map(|w| align_up(w.nbytes() as u64).unwrap_or(u64::MAX))
+            .fold(0, u64::saturating_add)
+    }
+
+    /// Demands that `plan` is the one that was laid out.
+    pub(crate) fn check_is(&self, plan: &LoadPlan) -> Result<()> {
+        let same = plan.weights.len() == self.weights.len()
+            && plan
+                .weights
+                .iter()
+                .zip(&self.weights)
+                .enumerate()
+                .all(|(i, (p, w))| {
+                    p.id.index() == i
+                        && p.encoding == w.encoding
+                        && p.shape == w.shape
+                        && p.class == w.class
+                        && p.layout == w.layout
+                        && p.nbytes == w.nbytes() as u64
+                });
+        if same {
+            Ok(())
+        } else {
+            Err(Error::invalid(
+                "plan of load_from",
+                "the plan that begin_load saw",
+                "another",
+            ))
+        }
+    }
+
+    /// Writes a chunk that the ledger has accepted.
+    pub(crate) fn write(&mut self, id: WeightId, at: usize, bytes: &[u8]) -> Result<()> {
+        let (weights, arena) = self.parts_mut();
+        let weight = weights.get(id.index()).ok_or(Error::UnknownWeight {
+            weight: id,
+            weights: weights.len(),
+        })?;
+        let place = &mut arena[weight.bytes.clone()];
+        match weight.layout {
+            FloatLayout::OutIn => place[at..at + bytes.len()].copy_from_slice(bytes),
+            FloatLayout::InOut => {
+                for (matrix, range, part) in by_matrix(weight, at, bytes.len()) {
+                    let stored =
+                        &mut place[matrix * weight.matrix_bytes()..(matrix + 1) * weight.matrix_bytes()];
+                    transpose::scatter(weight, range.start, &bytes[part], stored);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks and fills in what is known only once a whole weight has arrived.
+    pub(crate) fn complete(&mut self, threads: usize) -> Result<()> {
+        let arena = &self.arena;
+        let left: Vec<usize> = (0..self.weights.len())
+            .filter(|i| self.weights[*i].class == WeightClass::Quantized && !self.weights[*i].side_done)
+            .collect();
+        let next = AtomicUsize::new(0);
+        let weights = &self.weights;
+        let done = Mutex::new(Vec::with_capacity(left.len()));
+        let work = || {
+            while let Some(i) = left.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let weight = &weights[*i];
+                let bytes = match &weight.place {
+                    Place::Arena => &arena.bytes()[weight.bytes.clone()],
+                    Place::Mapped { mapping, range } => &mapping.bytes()[range.clone()],
+                };
+                let mut side = vec![0; weight.side.len()];
+                let result = finite::check_prefixes(weight, bytes)
+                    .and_then(|()| side::prepare_weight(weight, bytes, &mut side))
+                    .map(|()| side);
+                done.lock().unwrap_or_else(|e| e.into_inner()).push((*i, result));
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..threads.min(left.len()) {
+                let _ = std::thread::Builder::new()
+                    .name("hoist-load".into())
+                    .spawn_scoped(scope, work);
+            }
+            work();
+        });
+        let mut done = done.into_inner().unwrap_or_else(|e| e.into_inner());
+        done.sort_by_key(|(i, _)| *i);
+        for (i, side) in done {
+            let side = side?;
+            let weight = &mut self.weights[i];
+            self.arena.bytes_mut()[weight.side.clone()].copy_from_slice(&side);
+            weight.side_done = true;
+        }
+        Ok(())
+    }
+
+    /// Canonical bytes where they lie, if that is how they lie.
+    pub(crate) fn canonical<'a>(&'a self, weight: &'a Resident) -> Option<&'a [u8]> {
+        (weight.layout == FloatLayout::OutIn && !weight.packed).then(|| self.bytes(weight))
+    }
+
+    /// Copies canonical bytes; the range is within the weight and splits no block.
+    pub(crate) fn read_back(&self, weight: &Resident, at: usize, out: &mut [u8]) -> Result<()> {
+        if let Some(bytes) = self.canonical(weight) {
+            out.copy_from_slice(&bytes[at..at + out.len()]);
+            return Ok(());
+        }
+        let stored = self.bytes(weight);
+        for (matrix, range, part) in by_matrix(weight, at, out.len()) {
+            let stored = &stored[matrix * weight.matrix_bytes()..(matrix + 1) * weight.matrix_bytes()];
+            transpose::gather(weight, range.start, &mut out[part], stored);
+        }
+        Ok(())
+    }
+}
+
+/// Cuts `len` bytes from `at` on at the borders of matrices: the matrix, the range within it, the range of the bytes.
+fn by_matrix(
+    weight: &Resident,
+    at: usize,
+    len: usize,
+) -> impl Iterator<Item = (usize, Range<usize>, Range<usize>)> + use<> {
+    let matrix_bytes = weight.matrix_bytes();
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        if done == len {
+            return None;
+        }
+        let (matrix, start) = ((at + done) / matrix_bytes, (at + done) % matrix_bytes);
+        let n = (matrix_bytes - start).min(len - done);
+        done += n;
+        Some((matrix, start..start + n, done - n..done))
+    })
+}
+
+fn to_range(start: u64, end: u64) -> Option<Range<usize>> {
+    Some(usize::try_from(start).ok()?..usize::try_from(end).ok()?)
+}
+
+/// Splits the arena into the disjoint pieces of `ranges`, which must ascend.
+pub(crate) fn split_ascending<'a>(mut arena: &'a mut [u8], ranges: &[Range<usize>]) -> Vec<&'a mut [u8]> {
+    let mut at = 0;
+    let mut pieces = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let (_, rest) = arena.split_at_mut(range.start - at);
+        let (piece, rest) = rest.split_at_mut(range.len());
+        pieces.push(piece);
+        arena = rest;
+        at = range.end;
+    }
+    pieces
+}
+
+/// Whether a run of a mapping can be used as values of that encoding.
+pub(crate) fn is_aligned(bytes: &[u8], encoding: Encoding) -> bool {
+    let element = if encoding.is_float() {
+        encoding.block_bytes() as usize
+    } else {
+        1
+    };
+    debug_assert!(element <= ALIGNMENT);
+    (bytes.as_ptr() as usize).is_multiple_of(element)
+}
