@@ -74,10 +74,10 @@ pub fn dequantize_row(
     if row >= rows {
         return Err(Error::RowOutOfRange { row, rows });
     }
-    let prefix = encoding.matrix_prefix_bytes() as usize;
-    // Below `matrix.len()`, as the comparison above shows.
-    let row_bytes = (matrix.len() - prefix) / rows as usize;
-    let start = prefix + row_bytes * row as usize;
+    // Rows follow the prefix; the one asked for ends within `matrix`, so that nothing here overflows or truncates.
+    let row_bytes = (nbytes - encoding.matrix_prefix_bytes()) / rows;
+    let start = (encoding.matrix_prefix_bytes() + row_bytes * row) as usize;
+    let row_bytes = row_bytes as usize;
     let bytes = &matrix[start..start + row_bytes];
     if encoding == Encoding::APR_Q8 {
         apr::dequantize_apr_q8(apr::apr_q8_scale(matrix), bytes, out);

@@ -77,13 +77,33 @@ fn even_signs(seven: u32) -> u8 {
     seven | ((seven.count_ones() & 1) << 7) as u8
 }
 
+/// For each pattern of sign bits, −1 for set bits and 0 for clear ones.
+static SIGN_MASKS: [[i8; 8]; 256] = {
+    let mut masks = [[0; 8]; 256];
+    let mut signs = 0;
+    while signs < 256 {
+        let mut i = 0;
+        while i < 8 {
+            masks[signs][i] = -((signs >> i & 1) as i8);
+            i += 1;
+        }
+        signs += 1;
+    }
+    masks
+};
+
 /// Levels with signs: a set bit negates.
 #[inline]
-fn signed<const N: usize>(levels: &[i8; N], signs: u8, out: &mut [i8]) {
-    for (i, (level, code)) in levels.iter().zip(out).enumerate() {
-        let negative = (signs >> i & 1) as i8;
-        *code = level.wrapping_mul(1 - 2 * negative);
-    }
+fn signed(levels: [i8; 8], signs: u8) -> [i8; 8] {
+    let masks = &SIGN_MASKS[usize::from(signs)];
+    // Negation in two's complement. Levels are positive and below 64.
+    std::array::from_fn(|i| (levels[i] ^ masks[i]).wrapping_sub(masks[i]))
+}
+
+/// Two entries of a grid of four levels each.
+#[inline]
+fn joined(first: [i8; 4], second: [i8; 4]) -> [i8; 8] {
+    std::array::from_fn(|i| if i < 4 { first[i] } else { second[i - 4] })
 }
 
 /// `2s + 1` of the 4-bit scale `i` among packed nibbles, low ones first.
@@ -136,8 +156,8 @@ impl SuperBlock<66> for IQ2_XXS {
             let at = 2 + 8 * j;
             let aux = u32_at(block, at + 4);
             for (l, out) in out.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                let levels = &IQ2_XXS_GRID[usize::from(block[at + l])];
-                signed(levels, even_signs(aux >> (7 * l)), out);
+                let levels = IQ2_XXS_GRID[usize::from(block[at + l])];
+                *out = signed(levels, even_signs(aux >> (7 * l)));
             }
         }
     }
@@ -161,8 +181,8 @@ impl SuperBlock<74> for IQ2_XS {
     fn codes(block: &[u8; 74], out: &mut [i8; 256]) {
         for (l, out) in out.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             let q = u16_at(block, 2 + 2 * l);
-            let levels = &IQ2_XS_GRID[usize::from(q & 511)];
-            signed(levels, even_signs(u32::from(q >> 9)), out);
+            let levels = IQ2_XS_GRID[usize::from(q & 511)];
+            *out = signed(levels, even_signs(u32::from(q >> 9)));
         }
     }
 }
@@ -186,7 +206,7 @@ impl SuperBlock<82> for IQ2_S {
         for (l, out) in out.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             let high = block[66 + l / 4] >> (2 * (l % 4)) & 3;
             let index = usize::from(block[2 + l]) | usize::from(high) << 8;
-            signed(&IQ2_S_GRID[index], block[34 + l], out);
+            *out = signed(IQ2_S_GRID[index], block[34 + l]);
         }
     }
 }
@@ -210,14 +230,8 @@ impl SuperBlock<98> for IQ3_XXS {
         for (j, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
             let aux = u32_at(block, 66 + 4 * j);
             for (l, out) in out.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                let signs = even_signs(aux >> (7 * l));
-                let at = 2 + 8 * j + 2 * l;
-                signed(&IQ3_XXS_GRID[usize::from(block[at])], signs, &mut out[..4]);
-                signed(
-                    &IQ3_XXS_GRID[usize::from(block[at + 1])],
-                    signs >> 4,
-                    &mut out[4..],
-                );
+                let [first, second] = [0, 1].map(|i| IQ3_XXS_GRID[usize::from(block[2 + 8 * j + 2 * l + i])]);
+                *out = signed(joined(first, second), even_signs(aux >> (7 * l)));
             }
         }
     }
@@ -238,10 +252,12 @@ impl SuperBlock<110> for IQ3_S {
 
     #[inline]
     fn codes(block: &[u8; 110], out: &mut [i8; 256]) {
-        for (l, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            let ninth = block[66 + l / 8] >> (l % 8) & 1;
-            let index = usize::from(block[2 + l]) | usize::from(ninth) << 8;
-            signed(&IQ3_S_GRID[index], block[74 + l / 2] >> (4 * (l % 2)), out);
+        for (l, out) in out.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let [first, second] = [2 * l, 2 * l + 1].map(|i| {
+                let ninth = block[66 + i / 8] >> (i % 8) & 1;
+                IQ3_S_GRID[usize::from(block[2 + i]) | usize::from(ninth) << 8]
+            });
+            *out = signed(joined(first, second), block[74 + l]);
         }
     }
 }

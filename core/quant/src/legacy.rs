@@ -41,7 +41,8 @@ fn five_bits(bytes: &[u8], at: usize, zero: i8, out: &mut [i8; 32]) {
     let fifth = u32_at(bytes, at - 4);
     nibbles(bytes, at, 0, out);
     for (i, code) in out.iter_mut().enumerate() {
-        *code = (*code & 15 | ((fifth >> i & 1) << 4) as i8) - zero;
+        // Within −16 … 31; an overflow check would keep this loop from becoming SIMD code.
+        *code = (*code & 15 | ((fifth >> i & 1) << 4) as i8).wrapping_sub(zero);
     }
 }
 
