@@ -19,6 +19,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("hoist-cpu", &["hoist-backend", "hoist-quant"]),
     ("hoist-synth", &["hoist-backend", "hoist-formats"]),
     ("hoist-plugin-abi", &[]),
+    ("hoist-plugin-host", &["hoist-backend", "hoist-plugin-abi"]),
     // The oracle shares no code with a backend, nor with the decoder that a backend uses.
     ("hoist-conformance", &["hoist-backend", "hoist-formats", "hoist-model"]),
 ];

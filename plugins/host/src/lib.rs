@@ -1,0 +1,28 @@
+//! Opens a shared library as a Hoist backend.
+//!
+//! The life of a plugin: [`Candidate::open`] judges the place and hashes the bytes; [`Header::read`] reads what it says of
+//! itself without running it; a [`Probe`] runs it once in a child process with a time limit; [`open`] loads the very bytes
+//! that were judged, with `RTLD_NOW | RTLD_LOCAL`, never unloads them, and hands out a [`hoist_backend::Provider`].
+//!
+//! # What this protects from, and what not
+//!
+//! A plugin runs in the process, with its rights. The rules here keep a wrong, stale or broken library from being loaded by
+//! accident, and turn what it returns into checked values: statuses outside the list, strings that do not end, numbers out
+//! of range and NULL entries become typed errors. They cannot contain a library that means harm, or one that writes
+//! where it should not.
+
+mod backend;
+mod convert;
+mod error;
+mod float_mode;
+mod header;
+mod library;
+mod policy;
+mod probe;
+mod provider;
+
+pub use error::{Error, Result};
+pub use header::Header;
+pub use policy::{Candidate, Lockfile, Trusted};
+pub use probe::{Probe, probe_line};
+pub use provider::{PluginProvider, open, probe_here};
