@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::source::io_error;
-use crate::{Error, Manifest, Result, Shard, gguf, hugging_face, safetensors};
+use crate::{Error, Manifest, Result, Shard, apr, apr_shards, gguf, hugging_face, json, safetensors};
 
 /// Opens a model: a GGUF file (or any file of a split one), a SafeTensors file, a `*.index.json` of SafeTensors shards,
 /// an APR file or the JSON manifest of APR shards, or a Hugging Face folder. The format is told by content, not by name.
@@ -38,12 +38,30 @@ fn open_shard(path: &Path, shard: Shard) -> Result<Manifest> {
     if head.starts_with(gguf::MAGIC) {
         return gguf::open(path, shard);
     }
+    if head.starts_with(apr::MAGIC) {
+        return apr::open(path, shard);
+    }
+    if apr::OLD_MAGICS.iter().any(|magic| head.starts_with(*magic)) {
+        return Err(Error::UnsupportedVersion {
+            file: shard.name(),
+            format: "APR",
+            expected: "2.0, with the magic `APR\\0`",
+            found: show(&head[..4]),
+        });
+    }
     if safetensors::looks_like(head) {
         return safetensors::open(path, shard);
     }
     let is_json = head.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'{');
     if is_json && shard.memory.is_none() {
-        return hugging_face::open_index(path, &shard);
+        const MAX_JSON: u64 = 16 << 20;
+        let file = shard.name();
+        let what = "the index of shards";
+        return if json::has_key(&shard.read_all(MAX_JSON, what)?, &file, what, "shards")? {
+            apr_shards::open(path, &shard)
+        } else {
+            hugging_face::open_index(path, &shard)
+        };
     }
     Err(Error::WrongMagic {
         file: shard.name(),

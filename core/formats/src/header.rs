@@ -15,7 +15,7 @@ pub(crate) const HEADER_MEMORY: u64 = 48 << 20;
 const WINDOW: u64 = 256 << 10;
 
 /// Memory left for headers.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Budget {
     used: u64,
 }
@@ -38,10 +38,6 @@ impl Budget {
         }
         self.used = needed;
         Ok(())
-    }
-
-    pub(crate) fn left(&self) -> u64 {
-        HEADER_MEMORY - self.used
     }
 
     /// Takes back what was charged for something that is gone.

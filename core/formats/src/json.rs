@@ -181,3 +181,27 @@ impl<'de> Visitor<'de> for ObjectVisitor<'_, '_> {
         Ok(out)
     }
 }
+
+/// Whether the object in `bytes` has `key`, without making anything of it.
+pub(crate) fn has_key(bytes: &[u8], file: &str, what: &'static str, key: &str) -> Result<bool> {
+    struct Keys<'k>(&'k str);
+    impl<'de> Visitor<'de> for Keys<'_> {
+        type Value = bool;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a JSON object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<bool, A::Error> {
+            let mut found = false;
+            while let Some(key) = map.next_key::<String>()? {
+                found |= key == self.0;
+                map.next_value::<serde::de::IgnoredAny>()?;
+            }
+            Ok(found)
+        }
+    }
+    let mut budget = Budget::new();
+    let context = Context::new(file, what, &mut budget);
+    parse(bytes, context, |_, json| json.deserialize_map(Keys(key)))
+}

@@ -5,6 +5,9 @@
 //! length of the file first.
 #![forbid(unsafe_code)]
 
+mod apr;
+mod apr_lz4;
+mod apr_shards;
 mod detect;
 mod error;
 mod gguf;
