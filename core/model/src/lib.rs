@@ -6,10 +6,16 @@
 
 mod architecture;
 mod error;
+mod host;
 mod hyper;
+mod names;
+mod requirements;
+mod resolve;
 mod resolved;
+mod views;
 
 pub use architecture::{Architecture, Lineage};
 pub use error::{Error, Result};
 pub use hyper::{ExpertParameters, HyperParameters, LayerAttention, RopeParameters, RopeScaling};
+pub use resolve::resolve;
 pub use resolved::{ResolvedModel, ResolvedWeight};
