@@ -19,7 +19,9 @@ mod manifest;
 mod metadata;
 mod safetensors;
 mod source;
+pub mod write;
 
 pub use detect::{open, open_bytes};
 pub use error::{Error, Result};
+pub use hoist_backend::Encoding;
 pub use manifest::{Format, Manifest, MetaArray, MetaValue, Metadata, Shard, TensorInfo};

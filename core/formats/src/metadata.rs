@@ -101,6 +101,33 @@ impl MetaArray {
     }
 }
 
+macro_rules! from {
+    ($($type:ty => $variant:ident),*) => {$(
+        impl From<$type> for MetaValue {
+            fn from(v: $type) -> Self {
+                MetaValue::$variant(v)
+            }
+        }
+
+        impl From<Vec<$type>> for MetaValue {
+            fn from(v: Vec<$type>) -> Self {
+                MetaValue::Array(MetaArray::$variant(v))
+            }
+        }
+    )*};
+}
+
+from! {
+    u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, u64 => U64, i64 => I64,
+    f32 => F32, f64 => F64, bool => Bool, String => String
+}
+
+impl From<&str> for MetaValue {
+    fn from(v: &str) -> Self {
+        MetaValue::String(v.into())
+    }
+}
+
 /// A value of either kind of metadata.
 enum Found<'a> {
     Gguf(&'a MetaValue),
