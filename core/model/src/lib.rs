@@ -9,13 +9,16 @@ mod error;
 mod host;
 mod hyper;
 mod names;
+mod program;
 mod requirements;
 mod resolve;
 mod resolved;
+mod rope;
 mod views;
 
 pub use architecture::{Architecture, Lineage};
 pub use error::{Error, Result};
 pub use hyper::{ExpertParameters, HyperParameters, LayerAttention, RopeParameters, RopeScaling};
+pub use program::{build_program, dump, validate_program};
 pub use resolve::resolve;
 pub use resolved::{ResolvedModel, ResolvedWeight};

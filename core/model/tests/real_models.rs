@@ -2,10 +2,12 @@
 //!
 //! They are found in `$HOIST_MODELS` or `~/.cache/hoist/models`; a file that is not there is a visible skip, except in CI.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::path::PathBuf;
 
-use hoist_backend::{Role, RopeStyle, Slot, WeightClass};
-use hoist_model::{ResolvedModel, RopeScaling, resolve};
+use hoist_backend::{OpName, Role, RopeStyle, Slot, WeightClass};
+use hoist_model::{ResolvedModel, RopeScaling, build_program, resolve, validate_program};
 
 fn model(name: &str) -> Option<ResolvedModel> {
     let folder = std::env::var_os("HOIST_MODELS").map_or_else(
@@ -87,4 +89,31 @@ fn gemma3_270m_slides_in_all_but_every_sixth_layer() {
     assert_eq!((h.ropes[0].base, h.ropes[1].base), (1_000_000.0, 10_000.0));
     assert_eq!(h.ropes[0].scaling, RopeScaling::None);
     assert_eq!(h.final_soft_cap, None);
+}
+
+#[test]
+fn programs_of_real_files_are_valid_and_share_their_quantised_inputs() {
+    for (file, per_layer) in [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", 4),
+        ("gemma-3-270m-q4_k_m.gguf", 4),
+    ] {
+        let Some(model) = model(file) else { continue };
+        let program = build_program(&model, 4096).unwrap();
+        validate_program(&program, &model).unwrap();
+        let quantise = |op: &&hoist_backend::Op| op.kind.name() == OpName::Quantise;
+        for layer in 0..model.layers {
+            let count = program
+                .ops
+                .iter()
+                .filter(|op| op.layer == Some(layer))
+                .filter(quantise)
+                .count();
+            assert_eq!(count, per_layer, "{file} layer {layer}");
+        }
+        assert_eq!(program.vocab, model.hyper.vocab);
+        assert!(matches!(
+            program.ops[program.tail - 1].kind,
+            hoist_backend::OpKind::StoreKv { .. }
+        ));
+    }
 }
