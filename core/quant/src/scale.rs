@@ -5,7 +5,7 @@
 pub(crate) struct Scale {
     /// Significand with its sign, not normalised; below 2^11 in magnitude.
     pub(crate) m: i16,
-    /// Exponent. A zero keeps the exponent of its format's subnormals.
+    /// Exponent: that of its format's field even where `m` is zero.
     pub(crate) e: i16,
     /// The same number in f32. It alone tells −0 from +0, and infinities and NaNs from numbers.
     pub(crate) value: f32,
@@ -42,13 +42,16 @@ impl Scale {
     }
 
     /// Unsigned E4M3 with bias 7, halved because NVFP4's codes are doubled: `m · 2^(max(E, 1) − 11)`. As in GGML bit 7
-    /// is ignored, except that 0x7F alone is zero: it is read as byte 0 in every respect.
+    /// is ignored, except that 0x7F alone is zero; it keeps the exponent of its field, `E = 15`.
     #[inline]
     pub(crate) fn from_ue4m3_half(byte: u8) -> Self {
-        let byte = if byte == 0x7f { 0 } else { byte };
         let exponent = i16::from(byte >> 3 & 15);
         let fraction = i16::from(byte & 7);
-        let m = if exponent == 0 { fraction } else { fraction | 8 };
+        let m = match (byte, exponent) {
+            (0x7f, _) => 0,
+            (_, 0) => fraction,
+            _ => fraction | 8,
+        };
         let e = exponent.max(1) - 11;
         Self {
             m,
@@ -137,7 +140,10 @@ mod tests {
             .filter(|b| Scale::from_ue4m3_half(*b).value == 0.0)
             .collect();
         assert_eq!(zeros, [0, 0x7f, 0x80]);
-        assert_eq!(Scale::from_ue4m3_half(0x7f), Scale::from_ue4m3_half(0));
+        assert_eq!(
+            [0, 0x7f, 0x80].map(|b| Scale::from_ue4m3_half(b).e),
+            [-10, 4, -10]
+        );
         // 1.0 is exponent 7, fraction 0; halved.
         assert_eq!(Scale::from_ue4m3_half(7 << 3).value, 0.5);
         assert_eq!(Scale::from_ue4m3_half(0xff).value, 240.0);

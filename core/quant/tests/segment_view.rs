@@ -115,7 +115,7 @@ impl Facts {
             Site::Ue4m3 => block[..4]
                 .iter()
                 .map(|byte| match byte {
-                    0x7f => Scale { value: 0.0, e: -10 },
+                    0x7f => Scale { value: 0.0, e: 4 },
                     byte => {
                         let (exponent, fraction) = (i16::from(byte >> 3 & 15), f64::from(byte & 7));
                         let e = exponent.max(1) - 11;
@@ -154,6 +154,8 @@ impl Facts {
                 Site::E8m0 if similar => block[0] = 100 + block[0] % 9,
                 Site::E8m0 => block[0] = block[0].min(254),
                 Site::Ue4m3 if similar => block[..4].iter_mut().for_each(|b| *b &= 0x3f),
+                // One scale in four is the zero with the largest exponent.
+                Site::Ue4m3 if block[4] & 1 == 0 => block[usize::from(block[5] & 3)] = 0x7f,
                 Site::Ue4m3 => {}
             }
             if let Some(at) = self.min {
