@@ -24,8 +24,12 @@ pub(crate) enum Spread {
 pub(crate) fn fill(encoding: Encoding, spread: Spread, rng: &mut Rng, out: &mut [u8]) {
     match encoding {
         Encoding::F32 => each(out, 4, |b| b.copy_from_slice(&element(spread, rng).to_le_bytes())),
-        Encoding::F16 => each(out, 2, |b| b.copy_from_slice(&f16::from_f32(element(spread, rng)).to_le_bytes())),
-        Encoding::BF16 => each(out, 2, |b| b.copy_from_slice(&bf16::from_f32(element(spread, rng)).to_le_bytes())),
+        Encoding::F16 => each(out, 2, |b| {
+            b.copy_from_slice(&f16::from_f32(element(spread, rng)).to_le_bytes());
+        }),
+        Encoding::BF16 => each(out, 2, |b| {
+            b.copy_from_slice(&bf16::from_f32(element(spread, rng)).to_le_bytes());
+        }),
         _ => {
             let Spread::Centred { deviation } = spread else {
                 unreachable!("norm vectors are never quantised")
@@ -81,9 +85,14 @@ enum Scales {
 impl Layout {
     fn of(encoding: Encoding) -> Self {
         use Encoding as E;
-        let f16 = |at, deviation| Self { scales: Scales::F16(at), deviation };
-        let with_min =
-            |scale, min, factor, deviation| Self { scales: Scales::F16WithMin { scale, min, factor }, deviation };
+        let f16 = |at, deviation| Self {
+            scales: Scales::F16(at),
+            deviation,
+        };
+        let with_min = |scale, min, factor, deviation| Self {
+            scales: Scales::F16WithMin { scale, min, factor },
+            deviation,
+        };
         match encoding {
             E::Q4_0 => f16(0, 4.61),
             E::Q4_1 => with_min(0, 2, -7.5, 4.62),
@@ -93,8 +102,14 @@ impl Layout {
             // q in 0..=3, 4-bit sub-scale and sub-min.
             E::Q2_K => with_min(80, 82, 1.5, 13.8),
             E::Q3_K => f16(108, 43.4),
-            E::Q4_K => Self { scales: Scales::KQuant { factor: 7.5 }, deviation: 169.0 },
-            E::Q5_K => Self { scales: Scales::KQuant { factor: 15.5 }, deviation: 338.0 },
+            E::Q4_K => Self {
+                scales: Scales::KQuant { factor: 7.5 },
+                deviation: 169.0,
+            },
+            E::Q5_K => Self {
+                scales: Scales::KQuant { factor: 15.5 },
+                deviation: 338.0,
+            },
             E::Q6_K => f16(208, 1366.0),
             E::IQ4_NL => f16(0, 67.4),
             E::IQ4_XS => f16(0, 1246.0),
@@ -103,13 +118,22 @@ impl Layout {
             E::IQ3_XXS => f16(0, 143.0),
             E::IQ3_S => f16(0, 140.0),
             E::IQ1_S => f16(0, 7.2),
-            E::IQ1_M => Self { scales: Scales::Iq1M, deviation: 7.2 },
+            E::IQ1_M => Self {
+                scales: Scales::Iq1M,
+                deviation: 7.2,
+            },
             E::TQ1_0 => f16(52, 0.8),
             E::TQ2_0 => f16(64, 1.2),
             E::Q1_0 => f16(0, 1.0),
             E::Q2_0 => f16(0, 1.2),
-            E::MXFP4 => Self { scales: Scales::E8M0, deviation: 2.9 },
-            E::NVFP4 => Self { scales: Scales::Ue4m3, deviation: 2.9 },
+            E::MXFP4 => Self {
+                scales: Scales::E8M0,
+                deviation: 2.9,
+            },
+            E::NVFP4 => Self {
+                scales: Scales::Ue4m3,
+                deviation: 2.9,
+            },
             other => unreachable!("{other} is no weight encoding"),
         }
     }
@@ -119,7 +143,11 @@ impl Layout {
         let scale = unit * (0.875 + (rng.next() >> 58) as f32 / 256.0);
         match self.scales {
             Scales::F16(at) => put_f16(block, at, scale),
-            Scales::F16WithMin { scale: at, min, factor } => {
+            Scales::F16WithMin {
+                scale: at,
+                min,
+                factor,
+            } => {
                 put_f16(block, at, scale);
                 put_f16(block, min, scale * factor);
             }

@@ -41,7 +41,9 @@ fn q4_k_m(shape: &ModelShape, t: &Tensor) -> Encoding {
     match t.part {
         Part::Output => Encoding::Q6_K,
         Part::TokenEmbd if shape.tied => Encoding::Q6_K,
-        Part::AttnV | Part::FfnDown | Part::FfnDownExps if uses_more_bits(t.layer.unwrap_or(0), shape.layers) => {
+        Part::AttnV | Part::FfnDown | Part::FfnDownExps
+            if uses_more_bits(t.layer.unwrap_or(0), shape.layers) =>
+        {
             Encoding::Q6_K
         }
         // llama.cpp gives a fused qkv five bits.
@@ -69,7 +71,11 @@ fn fall_back(encoding: Encoding, cols: u32) -> Encoding {
         E::Q2_K | E::Q3_K | E::TQ1_0 | E::TQ2_0 => E::Q4_0,
         _ => E::IQ4_NL,
     };
-    if u64::from(cols) % substitute.block_weights() == 0 { substitute } else { E::F16 }
+    if u64::from(cols) % substitute.block_weights() == 0 {
+        substitute
+    } else {
+        E::F16
+    }
 }
 
 #[cfg(test)]

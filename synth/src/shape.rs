@@ -183,7 +183,11 @@ pub const SHAPES: &[ModelShape] = &[
         context: 40_960,
         rope_base: 1_000_000.0,
         eps: 1e-6,
-        experts: Some(Experts { count: 128, used: 8, n_ff: 768 }),
+        experts: Some(Experts {
+            count: 128,
+            used: 8,
+            n_ff: 768,
+        }),
         ..TINY
     },
     ModelShape {
@@ -235,19 +239,62 @@ pub const SHAPES: &[ModelShape] = &[
         ..TINY
     },
     TINY,
-    ModelShape { name: "tiny-mistral", arch: Arch::Mistral, ..TINY },
-    ModelShape { name: "tiny-qwen2", arch: Arch::Qwen2, tied: true, ..TINY },
-    ModelShape { name: "tiny-qwen3", arch: Arch::Qwen3, head_dim: 96, ..TINY },
+    ModelShape {
+        name: "tiny-mistral",
+        arch: Arch::Mistral,
+        ..TINY
+    },
+    ModelShape {
+        name: "tiny-qwen2",
+        arch: Arch::Qwen2,
+        tied: true,
+        ..TINY
+    },
+    ModelShape {
+        name: "tiny-qwen3",
+        arch: Arch::Qwen3,
+        head_dim: 96,
+        ..TINY
+    },
     ModelShape {
         name: "tiny-qwen3moe",
         arch: Arch::Qwen3Moe,
-        experts: Some(Experts { count: 8, used: 2, n_ff: 256 }),
+        experts: Some(Experts {
+            count: 8,
+            used: 2,
+            n_ff: 256,
+        }),
         ..TINY
     },
-    ModelShape { name: "tiny-gemma2", arch: Arch::Gemma2, tied: true, window: Some(64), ..TINY },
-    ModelShape { name: "tiny-gemma3", arch: Arch::Gemma3, layers: 7, tied: true, window: Some(64), ..TINY },
-    ModelShape { name: "tiny-phi3", arch: Arch::Phi3, kv_heads: 4, ..TINY },
-    ModelShape { name: "tiny-gpt2", arch: Arch::Gpt2, kv_heads: 4, n_ff: 1024, tied: true, ..TINY },
+    ModelShape {
+        name: "tiny-gemma2",
+        arch: Arch::Gemma2,
+        tied: true,
+        window: Some(64),
+        ..TINY
+    },
+    ModelShape {
+        name: "tiny-gemma3",
+        arch: Arch::Gemma3,
+        layers: 7,
+        tied: true,
+        window: Some(64),
+        ..TINY
+    },
+    ModelShape {
+        name: "tiny-phi3",
+        arch: Arch::Phi3,
+        kv_heads: 4,
+        ..TINY
+    },
+    ModelShape {
+        name: "tiny-gpt2",
+        arch: Arch::Gpt2,
+        kv_heads: 4,
+        n_ff: 1024,
+        tied: true,
+        ..TINY
+    },
 ];
 
 /// The shape of that name.

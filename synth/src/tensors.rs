@@ -51,7 +51,13 @@ impl Tensor {
         use Part as P;
         matches!(
             self.part,
-            P::OutputNorm | P::AttnNorm | P::AttnQNorm | P::AttnKNorm | P::PostAttnNorm | P::FfnNorm | P::PostFfnNorm
+            P::OutputNorm
+                | P::AttnNorm
+                | P::AttnQNorm
+                | P::AttnKNorm
+                | P::PostAttnNorm
+                | P::FfnNorm
+                | P::PostFfnNorm
         )
     }
 
@@ -75,7 +81,14 @@ pub(crate) fn tensors(s: &ModelShape) -> Vec<Tensor> {
     use Part as P;
     let mut list = Vec::new();
     let mut add = |part, layer, rows, cols| {
-        list.push(Tensor { part, layer, bias: false, matrices: 1, rows, cols });
+        list.push(Tensor {
+            part,
+            layer,
+            bias: false,
+            matrices: 1,
+            rows,
+            cols,
+        });
     };
     let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
     let gemma = matches!(s.arch, Arch::Gemma2 | Arch::Gemma3);
