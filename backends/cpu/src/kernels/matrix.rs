@@ -110,15 +110,25 @@ impl<'a> Results<'a> {
 
 /// Memory of one thread for [`matmul`]; its size depends on nothing.
 #[derive(Debug)]
-pub(crate) struct Scratch {}
+pub(crate) struct Scratch {
+    #[cfg(target_arch = "x86_64")]
+    buffers: Box<super::multiply::Buffers>,
+}
 
 impl Scratch {
     /// Bytes that [`Scratch::new`] allocates.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) const BYTES: usize = size_of::<super::multiply::Buffers>();
+    /// Bytes that [`Scratch::new`] allocates.
+    #[cfg(not(target_arch = "x86_64"))]
     pub(crate) const BYTES: usize = 0;
 
     /// Allocates it.
     pub(crate) fn new() -> Self {
-        Self {}
+        Self {
+            #[cfg(target_arch = "x86_64")]
+            buffers: Box::new(super::multiply::Buffers::new()),
+        }
     }
 }
 
@@ -139,14 +149,31 @@ pub(crate) fn matmul(
 ) -> Result<(), NonFinite> {
     w.check();
     assert!(x.len().is_multiple_of(w.segments()));
+    if rows.is_empty() {
+        return Ok(());
+    }
     assert!(rows.end <= w.rows);
     assert!(rows.start.is_multiple_of(isa.group()));
     assert!(rows.end == w.rows || rows.end.is_multiple_of(isa.group()));
-    let _ = scratch;
     match isa.0 {
         Kind::Scalar => {
+            let _ = scratch;
             assert!(!w.packed, "scalar code reads canonical bytes");
             scalar::matmul(w, rows, x, out)
+        }
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2(lanes) => {
+            let buffers = &mut scratch.buffers;
+            super::multiply::matmul(
+                lanes,
+                super::multiply::Call {
+                    w,
+                    rows,
+                    x,
+                    out,
+                    buffers,
+                },
+            )
         }
     }
 }

@@ -25,11 +25,25 @@
 //! products of §1.1, the last two roundings of §1.3) are single IEEE operations in each of them.
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod codec;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 mod matrix;
+#[cfg(test)]
+mod measure;
+#[cfg(target_arch = "x86_64")]
+mod multiply;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+mod panel;
 mod round;
 mod scalar;
 mod side;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use activations::{Segment, quantise, segments};
 pub(crate) use matrix::{QuantMatrix, Results, Scratch, matmul};
@@ -47,12 +61,14 @@ pub(crate) struct Isa(Kind);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2),
 }
 
 impl Isa {
     /// The fastest one.
     pub(crate) fn detect() -> Self {
-        Self::scalar()
+        Self::available().last().unwrap_or(Self::scalar())
     }
 
     /// Portable code that reads like the contract.
@@ -60,15 +76,27 @@ impl Isa {
         Self(Kind::Scalar)
     }
 
-    /// All that this machine has, scalar first.
+    /// All that this machine has, the slowest first.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn available() -> impl Iterator<Item = Self> {
-        [Some(Self::scalar())].into_iter().flatten()
+        [Some(Kind::Scalar), avx2::Avx2::new().map(Kind::Avx2)]
+            .into_iter()
+            .flatten()
+            .map(Self)
+    }
+
+    /// All that this machine has, the slowest first.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) fn available() -> impl Iterator<Item = Self> {
+        std::iter::once(Self::scalar())
     }
 
     /// Name for reports.
     pub(crate) fn name(self) -> &'static str {
         match self.0 {
             Kind::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2(_) => "avx2",
         }
     }
 
@@ -77,6 +105,8 @@ impl Isa {
     pub(crate) fn group(self) -> usize {
         match self.0 {
             Kind::Scalar => 1,
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2(_) => <avx2::Avx2 as lanes::Lanes>::ROWS,
         }
     }
 }

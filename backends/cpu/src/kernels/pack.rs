@@ -1,15 +1,227 @@
-//! Rearranging a matrix in place.
+//! Rearranging a matrix in place, so that one load reads the same word of several rows.
+//!
+//! Rows are packed in groups of [`Isa::group`]; those after the last whole group stay as they are. A group is its segments,
+//! one after the other. In a segment come the fields of the encoding's block, in their order; in a field the segment's
+//! blocks; of each block the field's words; of each word the rows. So the canonical byte `k` of word `i` of a field at
+//! `offset` stands, for row `r` of `n` and block `b` of `blocks`, at
+//! `n · (blocks · offset + b · len + i · width) + r · width + k`.
+//!
+//! The u32 of fifth bits of Q5_0 and Q5_1 is transposed as well: bit `i` goes to bit `i / 4` of byte `i % 4`, so that four
+//! consecutive weights find theirs at the same place in four bytes.
 
 use std::ops::Range;
 
 use hoist_backend::Encoding;
 
 use super::Isa;
+use super::activations::SEGMENT;
+use super::side::{SIDE_ROW_BYTES, SIDE_SEGMENT_BYTES, row_bytes, side_row_bytes};
+
+/// A run of equal words of a block.
+struct Field {
+    /// Where in the block it starts.
+    offset: usize,
+    /// Its bytes.
+    len: usize,
+    /// Bytes of a word.
+    width: usize,
+    /// Whether it is the u32 of fifth bits.
+    fifths: bool,
+}
+
+const fn halves(offset: usize) -> Field {
+    Field {
+        offset,
+        len: 2,
+        width: 2,
+        fifths: false,
+    }
+}
+
+const fn words(offset: usize, len: usize) -> Field {
+    Field {
+        offset,
+        len,
+        width: 4,
+        fifths: false,
+    }
+}
+
+const fn fifths(offset: usize) -> Field {
+    Field {
+        offset,
+        len: 4,
+        width: 4,
+        fifths: true,
+    }
+}
+
+const Q4_0: &[Field] = &[halves(0), words(2, 16)];
+const Q4_1: &[Field] = &[halves(0), halves(2), words(4, 16)];
+const Q5_0: &[Field] = &[halves(0), fifths(2), words(6, 16)];
+const Q5_1: &[Field] = &[halves(0), halves(2), fifths(4), words(8, 16)];
+const Q8_0: &[Field] = &[halves(0), words(2, 32)];
+const Q4_K: &[Field] = &[halves(0), halves(2), words(4, 140)];
+const Q5_K: &[Field] = &[halves(0), halves(2), words(4, 172)];
+const Q6_K: &[Field] = &[words(0, 208), halves(208)];
+
+/// Fields of an encoding's block; `None` for encodings that are not packed.
+fn fields(encoding: Encoding) -> Option<&'static [Field]> {
+    Some(match encoding {
+        Encoding::Q4_0 => Q4_0,
+        Encoding::Q4_1 => Q4_1,
+        Encoding::Q5_0 => Q5_0,
+        Encoding::Q5_1 => Q5_1,
+        Encoding::Q8_0 => Q8_0,
+        Encoding::Q4_K => Q4_K,
+        Encoding::Q5_K => Q5_K,
+        Encoding::Q6_K => Q6_K,
+        _ => return None,
+    })
+}
+
+/// Most bytes of a segment of a packed encoding's row: Q8_0's.
+pub(super) const MAX_SEGMENT_BYTES: usize = 272;
+
+/// Bit `i` to bit `i / 4` of byte `i % 4`.
+fn transpose_fifths(word: u32) -> u32 {
+    (0..32).fold(0, |out, i| out | (word >> i & 1) << (8 * (i % 4) + i / 4))
+}
+
+/// The inverse of [`transpose_fifths`].
+fn restore_fifths(word: u32) -> u32 {
+    (0..32).fold(0, |out, i| out | (word >> (8 * (i % 4) + i / 4) & 1) << i)
+}
+
+/// Packs one segment of up to `group` rows into `out`; rows that are missing are zeros. `rows` are whole rows of canonical
+/// bytes, and the segment is bytes `at` of each.
+///
+/// Returns whether the encoding is one that is packed.
+pub(super) fn pack_segment(
+    encoding: Encoding,
+    group: usize,
+    rows: &[u8],
+    row_bytes: usize,
+    at: Range<usize>,
+    out: &mut [u8],
+) -> bool {
+    let Some(fields) = fields(encoding) else {
+        return false;
+    };
+    let block_bytes = encoding.block_bytes() as usize;
+    let blocks = at.len() / block_bytes;
+    for field in fields {
+        let start = group * blocks * field.offset;
+        let out = &mut out[start..start + group * blocks * field.len];
+        for (b, out) in out.chunks_exact_mut(group * field.len).enumerate() {
+            let from = at.start + b * block_bytes + field.offset;
+            for r in 0..group {
+                let Some(row) = rows.get(r * row_bytes..(r + 1) * row_bytes) else {
+                    for word in out.chunks_exact_mut(group * field.width) {
+                        word[r * field.width..][..field.width].fill(0);
+                    }
+                    continue;
+                };
+                scatter(field, group, r, &row[from..from + field.len], out);
+            }
+        }
+    }
+    true
+}
+
+/// Puts one row's words of a field into their places.
+fn scatter(field: &Field, group: usize, r: usize, words: &[u8], out: &mut [u8]) {
+    if field.width == 2 {
+        out[2 * r..2 * r + 2].copy_from_slice(words);
+        return;
+    }
+    let out = out.as_chunks_mut::<4>().0;
+    for (word, out) in words
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .zip(out[r..].iter_mut().step_by(group))
+    {
+        *out = match field.fifths {
+            true => transpose_fifths(u32::from_le_bytes(*word)).to_le_bytes(),
+            false => *word,
+        };
+    }
+}
+
+/// Reads one row's words of a field back.
+fn gather(field: &Field, group: usize, r: usize, packed: &[u8], words: &mut [u8]) {
+    if field.width == 2 {
+        words.copy_from_slice(&packed[2 * r..2 * r + 2]);
+        return;
+    }
+    let packed = packed.as_chunks::<4>().0;
+    for (word, packed) in words
+        .as_chunks_mut::<4>()
+        .0
+        .iter_mut()
+        .zip(packed[r..].iter().step_by(group))
+    {
+        *word = match field.fifths {
+            true => restore_fifths(u32::from_le_bytes(*packed)).to_le_bytes(),
+            false => *packed,
+        };
+    }
+}
+
+/// Byte ranges of a row's segments.
+pub(super) fn segment_bytes(encoding: Encoding, cols: usize, segment: usize) -> Range<usize> {
+    let end = (SEGMENT * (segment + 1)).min(cols);
+    row_bytes(encoding, SEGMENT * segment)..row_bytes(encoding, end)
+}
+
+/// What stands beside up to `group` rows, rearranged: `E_w` of all, then for each segment `E_w − e` of all and `E_w − e'` of
+/// all. Rows that are missing are zeros.
+pub(super) fn pack_side(group: usize, cols: usize, rows: &[u8], out: &mut [u8]) {
+    let (exponents, segments) = out.split_at_mut(SIDE_ROW_BYTES * group);
+    exponents.fill(0);
+    segments.fill(0);
+    for (r, row) in rows.chunks_exact(side_row_bytes(cols)).enumerate() {
+        let (e, below) = row.split_at(SIDE_ROW_BYTES);
+        exponents[2 * r..2 * r + 2].copy_from_slice(e);
+        for (out, below) in segments
+            .chunks_exact_mut(SIDE_SEGMENT_BYTES * group)
+            .zip(below.chunks_exact(SIDE_SEGMENT_BYTES))
+        {
+            out[r] = below[0];
+            out[group + r] = below[1];
+        }
+    }
+}
 
 /// Rearranges a matrix and what is kept beside it for the kernels of `isa`; says whether it did. Both keep their sizes.
+/// `bytes` are all rows of one matrix, without prefix; `side` is what [`super::prepare_side`] wrote for them.
 pub(crate) fn pack(isa: Isa, encoding: Encoding, cols: usize, bytes: &mut [u8], side: &mut [u8]) -> bool {
-    let _ = (isa, encoding, cols, bytes, side);
-    false
+    let group = isa.group();
+    if group == 1
+        || fields(encoding).is_none()
+        || hoist_quant::check_input_dimension(encoding, cols as u64).is_err()
+    {
+        return false;
+    }
+    let row = row_bytes(encoding, cols);
+    let beside = side_row_bytes(cols);
+    assert_eq!(bytes.len() / row, side.len() / beside);
+    let mut rows = vec![0; group * row];
+    for group_bytes in bytes.chunks_exact_mut(group * row) {
+        rows.copy_from_slice(group_bytes);
+        for segment in 0..super::segments(cols) {
+            let at = segment_bytes(encoding, cols, segment);
+            let out = &mut group_bytes[group * at.start..group * at.end];
+            pack_segment(encoding, group, &rows, row, at, out);
+        }
+    }
+    let mut rows = vec![0; group * beside];
+    for group_side in side.chunks_exact_mut(group * beside) {
+        rows.copy_from_slice(group_side);
+        pack_side(group, cols, &rows, group_side);
+    }
+    true
 }
 
 /// Copies canonical bytes `range` of a matrix that [`pack`] rearranged for `isa` into `out`, which is as long. Any range is
@@ -22,6 +234,49 @@ pub(crate) fn unpack(
     range: Range<usize>,
     out: &mut [u8],
 ) {
-    let _ = (isa, encoding, cols);
-    out.copy_from_slice(&bytes[range]);
+    assert_eq!(range.len(), out.len());
+    let group = isa.group();
+    let row = row_bytes(encoding, cols);
+    let block_bytes = encoding.block_bytes() as usize;
+    let whole_groups = bytes.len() / (group * row) * group * row;
+    let mut at = range.start;
+    let mut out = out;
+    while !out.is_empty() {
+        let mut block = [0; MAX_SEGMENT_BYTES];
+        let block = &mut block[..block_bytes];
+        if at >= whole_groups {
+            out.copy_from_slice(&bytes[at..range.end]);
+            return;
+        }
+        unpack_block(encoding, cols, group, bytes, at / block_bytes, block);
+        let from = at % block_bytes;
+        let n = (block_bytes - from).min(out.len());
+        let (now, later) = out.split_at_mut(n);
+        now.copy_from_slice(&block[from..from + n]);
+        out = later;
+        at += n;
+    }
+}
+
+/// Block `index` of the matrix, counted in canonical order, which is in a whole group.
+fn unpack_block(encoding: Encoding, cols: usize, group: usize, bytes: &[u8], index: usize, out: &mut [u8]) {
+    let row_blocks = cols / encoding.block_weights() as usize;
+    let segment_blocks = SEGMENT / encoding.block_weights() as usize;
+    let (row, block) = (index / row_blocks, index % row_blocks);
+    let (segment, b) = (block / segment_blocks, block % segment_blocks);
+    let at = segment_bytes(encoding, cols, segment);
+    let blocks = at.len() / encoding.block_bytes() as usize;
+    let group_start = row / group * group * row_bytes(encoding, cols);
+    let unit = &bytes[group_start + group * at.start..group_start + group * at.end];
+    for field in fields(encoding).unwrap_or_default() {
+        let start = group * (blocks * field.offset + b * field.len);
+        let packed = &unit[start..start + group * field.len];
+        gather(
+            field,
+            group,
+            row % group,
+            packed,
+            &mut out[field.offset..field.offset + field.len],
+        );
+    }
 }

@@ -1,0 +1,112 @@
+//! Vectors whose lanes are rows: what the kernels ask of an instruction set.
+
+/// 64-bit integers of the rows of a vector, those of even and those of odd rows apart, as widening products come.
+#[derive(Clone, Copy)]
+pub(super) struct Wide<V> {
+    pub(super) even: V,
+    pub(super) odd: V,
+}
+
+/// Work that is compiled for an instruction set as a whole: everything it calls is inlined into
+/// [`Lanes::vectorise`].
+pub(super) trait Job {
+    type Output;
+
+    fn run<L: Lanes>(self, lanes: L) -> Self::Output;
+}
+
+/// An instruction set that this machine has: a value of it is the proof. `V` holds one 32-bit integer, or four bytes, for
+/// each of [`Lanes::ROWS`] rows; `F` one f32. Slices given to loads and stores have exactly the length that they move.
+pub(super) trait Lanes: Copy {
+    /// Rows of a vector.
+    const ROWS: usize;
+    /// Whether [`Lanes::dot`] accumulates in 16 bits: then `n` dots of weights up to `max` need `n · 2 · 127 · max < 2^15`.
+    const NARROW: bool;
+    type V: Copy;
+    type F: Copy;
+
+    fn vectorise<J: Job>(self, job: J) -> J::Output;
+
+    fn load(self, bytes: &[u8]) -> Self::V;
+    fn store(self, v: Self::V, bytes: &mut [u8]);
+    /// One u8 for each row.
+    fn load_u8(self, bytes: &[u8]) -> Self::V;
+    /// One i16 for each row.
+    fn load_i16(self, bytes: &[u8]) -> Self::V;
+    /// One f16 for each row.
+    fn load_f16(self, bytes: &[u8]) -> Self::F;
+    /// The same word in every row.
+    fn splat(self, word: u32) -> Self::V;
+
+    fn and(self, a: Self::V, b: Self::V) -> Self::V;
+    fn or(self, a: Self::V, b: Self::V) -> Self::V;
+    fn shl<const N: u32>(self, a: Self::V) -> Self::V;
+    fn shr<const N: u32>(self, a: Self::V) -> Self::V;
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Products of i16 halves, low 16 bits.
+    fn mul16(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Products of i16 halves, summed.
+    fn madd16(self, a: Self::V, b: Self::V) -> Self::V;
+
+    /// `2^e`, for exponents of normal numbers.
+    fn pow2(self, e: Self::V) -> Self::F;
+    fn negate(self, a: Self::F) -> Self::F;
+    /// `a · b`, rounded down to an integer; the product is exact.
+    fn mul_floor(self, a: Self::F, b: Self::F) -> Self::V;
+
+    /// Adds products of four u8 weights with four i8 activations, in a form of its own that starts at 0.
+    fn dot(self, acc: Self::V, w: Self::V, q: u32) -> Self::V;
+    /// Adds two accumulations of [`Lanes::dot`], within its bound.
+    fn dot_add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The accumulated sum times a factor.
+    fn dot_end(self, acc: Self::V, factor: Self::V) -> Self::V;
+    /// A factor that is the same for all rows, given as two equal i16.
+    fn factor(self, twice: u32) -> Self::V;
+    /// Bytes `J` of the rows' words as unsigned sub-scales.
+    fn sub_scale<const J: i32>(self, v: Self::V) -> Self::V;
+    /// Bytes `J` of the rows' words as signed sub-scales.
+    fn signed_sub_scale<const J: i32>(self, v: Self::V) -> Self::V;
+    /// A factor: sub-scales times a `u`, given as two equal i16.
+    fn times(self, sub_scale: Self::V, twice: u32) -> Self::V;
+    /// Bytes `J` and `J + 1` of the rows' words as two unsigned i16.
+    fn pair<const J: i32>(self, v: Self::V) -> Self::V;
+    /// Bytes `J` and `J + 1` of the rows' words as two signed i16.
+    fn signed_pair<const J: i32>(self, v: Self::V) -> Self::V;
+
+    /// What [`Lanes::dot_signed`] wants of four i8 weights.
+    fn prepare_signed(self, w: Self::V) -> Wide<Self::V>;
+    /// Adds products of four i8 weights with four i8 activations, times a factor, in a form of its own that starts at 0.
+    fn dot_signed(self, acc: Self::V, w: Wide<Self::V>, q: u32, factor: Self::V) -> Self::V;
+    /// The accumulated sum times the factor; `sum`: the activations' sum times the factor.
+    fn dot_signed_end(self, acc: Self::V, factor: Self::V, sum: i32) -> Self::V;
+
+    fn zero_wide(self) -> Wide<Self::V>;
+    /// Adds products of 32-bit integers.
+    fn mul_add_wide(self, acc: Wide<Self::V>, a: Self::V, b: Self::V) -> Wide<Self::V>;
+    fn add_wide(self, a: Wide<Self::V>, b: Wide<Self::V>) -> Wide<Self::V>;
+    fn sub_wide(self, a: Wide<Self::V>, b: Wide<Self::V>) -> Wide<Self::V>;
+    /// Arithmetic shift to the right by 0 … 63.
+    fn shift_wide(self, a: Wide<Self::V>, by: Self::V) -> Wide<Self::V>;
+    fn load_wide(self, sums: &Sums) -> Wide<Self::V>;
+    fn store_wide(self, a: Wide<Self::V>, sums: &mut Sums);
+}
+
+/// Most rows of a vector.
+pub(super) const MAX_ROWS: usize = 16;
+
+/// Sums of a group of rows: those of even rows, then those of odd ones.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(super) struct Sums(pub(super) [i64; MAX_ROWS]);
+
+impl Sums {
+    pub(super) const ZERO: Self = Self([0; MAX_ROWS]);
+
+    /// The sum of row `row` of `rows`.
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize, rows: usize) -> i64 {
+        self.0[row / 2 + row % 2 * (rows / 2)]
+    }
+}
