@@ -699,11 +699,15 @@ impl WeightBackend for PluginBackend {
             return Ok(None);
         };
         let (model, mut digest) = (self.model, [0; 32]);
-        // SAFETY: `digest` holds the 32 bytes that are written.
-        self.call("digest", |record| unsafe {
-            f(model, weight.0, digest.as_mut_ptr(), record)
-        })?;
-        Ok(Some(digest))
+        let called = self
+            .loaded
+            // SAFETY: `digest` holds the 32 bytes that are written.
+            .call(|record| unsafe { f(model, weight.0, digest.as_mut_ptr(), record) });
+        match called {
+            Ok(()) => Ok(Some(digest)),
+            Err(failure) if failure.status == Status::UNSUPPORTED => Ok(None),
+            Err(failure) => Err(self.error("digest", &failure)),
+        }
     }
 
     fn read_back(&mut self, weight: WeightId, offset: u64, out: &mut [u8]) -> Result<()> {
