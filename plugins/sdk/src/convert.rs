@@ -52,14 +52,12 @@ pub(crate) unsafe fn write_struct<T: Copy>(target: *mut T, own: &T, what: &str) 
     let size = unsafe { target.cast::<u32>().read() } as usize;
     let header = size_of::<u32>();
     let len = size.min(size_of::<T>()).saturating_sub(header);
+    // SAFETY: the struct begins with its size, so that what follows is inside it.
+    let from = unsafe { std::ptr::from_ref(own).cast::<u8>().add(header) };
+    // SAFETY: as above, for the caller's.
+    let to = unsafe { target.cast::<u8>().add(header) };
     // SAFETY: leaves the caller's `struct_size` as it is and writes no further than it says.
-    unsafe {
-        std::ptr::copy_nonoverlapping(
-            std::ptr::from_ref(own).cast::<u8>().add(header),
-            target.cast::<u8>().add(header),
-            len,
-        );
-    }
+    unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
     Ok(())
 }
 

@@ -466,9 +466,8 @@ unsafe extern "C" fn load_from(
 ) -> Status {
     guard(error, || {
         // SAFETY: passed on.
-        let callbacks = Callbacks {
-            c: unsafe { read_struct(callbacks, "callbacks") }?,
-        };
+        let c = unsafe { read_struct(callbacks, "callbacks") }?;
+        let callbacks = Callbacks { c };
         on_child(load, Kind::Load, |_, state| {
             state.check_poison()?;
             let plan = state
@@ -779,8 +778,9 @@ unsafe fn lay_out(c_runs: &[abi::Run], wants: &mut Vec<Want>, runs: &mut Vec<Run
     for run in c_runs {
         // SAFETY: passed on.
         let tokens = unsafe { slice(run.tokens, u64::from(run.token_count), "tokens") }?;
+        let want = wants[at..at + tokens.len()].as_ptr();
         // SAFETY: within `wants`, which has all tokens of all runs and does not move until `runs` is emptied.
-        let want = unsafe { std::slice::from_raw_parts(wants.as_ptr().add(at), tokens.len()) };
+        let want = unsafe { std::slice::from_raw_parts(want, tokens.len()) };
         at += tokens.len();
         runs.push(Run {
             sequence: SequenceId(run.sequence),
