@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Isa, NonFinite};
+use super::{Isa, Kind, NonFinite};
 
 /// Elements of a segment; the last of a vector may have fewer.
 pub(super) const SEGMENT: usize = 256;
@@ -47,19 +47,37 @@ pub(crate) struct Segment {
 
 const _: () = assert!(size_of::<Segment>() == 512);
 
+impl Segment {
+    /// A zero segment, but for its exponents.
+    pub(super) const ZERO: Self = Self {
+        q: [0; 64],
+        um_twice: [0; BLOCKS],
+        u_twice: [0x1_0001; BLOCKS],
+        mus_half: [0; 2 * BLOCKS],
+        mus: [0; BLOCKS],
+        us_halves: [0; BLOCKS],
+        s_pair: [0; BLOCKS / 2],
+        u_pair: [0x1_0001; BLOCKS / 2],
+        m: 0,
+        shift: 0,
+        e_max: 0,
+        padding: [0; 5],
+    };
+}
+
 /// Two integers as the i16 halves of a word, the first one low.
 fn pair(low: i32, high: i32) -> u32 {
     low as u16 as u32 | (high as u16 as u32) << 16
 }
 
 /// `d` of a segment whose largest magnitude is `a`: `a / 2032` rounded up to 8 significant bits; `None` for a zero segment.
-fn step(a: f32) -> Option<f32> {
+pub(super) fn step(a: f32) -> Option<f32> {
     let d0 = a / 2032.0;
     (d0 >= f32::MIN_POSITIVE).then(|| f32::from_bits((d0.to_bits() + 0xffff) & 0xffff_0000))
 }
 
 /// `m_a` and `e_a` of a step: `m · 2^e` with `128 ≤ m ≤ 255`.
-fn take_apart(d: f32) -> (i32, i32) {
+pub(super) fn take_apart(d: f32) -> (i32, i32) {
     let bits = d.to_bits();
     let m = 128 | (bits >> 16 & 127);
     let e = (bits >> 23) as i32 - 127 - 7;
@@ -67,7 +85,7 @@ fn take_apart(d: f32) -> (i32, i32) {
 }
 
 /// `e_a` of a zero segment.
-const ZERO_EXPONENT: i32 = -133;
+pub(super) const ZERO_EXPONENT: i32 = -133;
 
 /// Quantises the vector `x` into `out`, which has [`segments`] of its length.
 ///
@@ -76,8 +94,21 @@ const ZERO_EXPONENT: i32 = -133;
 pub(crate) fn quantise(isa: Isa, x: &[f32], out: &mut [Segment]) -> Result<(), NonFinite> {
     assert_eq!(out.len(), segments(x.len()));
     assert!(x.len().is_multiple_of(32), "vectors are whole blocks");
+    match isa.0 {
+        Kind::Scalar => quantise_by(x, out, quantise_segment),
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2(avx2) => avx2.quantise(x, out),
+    }
+}
+
+/// Quantises segment by segment: `quantise_segment` fills in all but `shift` and `e_max`, and returns `e_a`.
+#[inline(always)]
+pub(super) fn quantise_by(
+    x: &[f32],
+    out: &mut [Segment],
+    quantise_segment: impl Fn(&[f32], &mut Segment) -> Result<i32, NonFinite>,
+) -> Result<(), NonFinite> {
     let mut largest = ZERO_EXPONENT;
-    let _ = isa;
     for (x, out) in x.chunks(SEGMENT).zip(out.iter_mut()) {
         let e = quantise_segment(x, out)?;
         out.shift = e;
@@ -103,11 +134,7 @@ fn quantise_segment(x: &[f32], out: &mut Segment) -> Result<i32, NonFinite> {
     }
     let a = maxima.iter().fold(0f32, |a, b| a.max(*b));
     let Some(d) = step(a) else {
-        *out = Segment {
-            u_twice: [pair(1, 1); BLOCKS],
-            u_pair: [pair(1, 1); 4],
-            ..Segment::zeroed()
-        };
+        *out = Segment::ZERO;
         return Ok(ZERO_EXPONENT);
     };
     let mut q = [0i8; SEGMENT];
@@ -142,7 +169,7 @@ fn describe(q: &[i8; SEGMENT], u: &[i32; BLOCKS], m: i32, out: &mut Segment) {
 }
 
 /// Fills in all but `q`, `shift` and `e_max`.
-fn sums(halves: &[i32; 2 * BLOCKS], u: &[i32; BLOCKS], m: i32, out: &mut Segment) {
+pub(super) fn sums(halves: &[i32; 2 * BLOCKS], u: &[i32; BLOCKS], m: i32, out: &mut Segment) {
     out.m = m;
     out.padding = [0; 5];
     for j in 0..BLOCKS {

@@ -28,6 +28,8 @@ mod activations;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_activations;
+#[cfg(target_arch = "x86_64")]
 mod codec;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
