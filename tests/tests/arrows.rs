@@ -31,6 +31,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("hoist-plugin-abi", &[]),
     ("hoist-plugin-host", &["hoist-backend", "hoist-plugin-abi"]),
     ("hoist-plugin-sdk", &["hoist-backend", "hoist-plugin-abi"]),
+    ("hoist-plugin-cpu", &["hoist-plugin-sdk", "hoist-cpu"]),
+    ("hoist-plugin-rust-minimal", &["hoist-plugin-sdk"]),
     // The oracle shares no code with a backend, nor with the decoder that a backend uses.
     (
         "hoist-conformance",
