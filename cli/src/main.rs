@@ -1,2 +1,23 @@
 //! The `hoist` program.
-fn main() {}
+//!
+//! Standard output is data; messages, hints and progress go to standard error. Exit codes are those of [`exit::Code`].
+
+mod args;
+mod backends;
+mod commands;
+mod exit;
+mod models;
+mod report;
+mod watch;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let program = commands::Program::parse();
+    match program.run() {
+        Ok(code) => code.into(),
+        Err(error) => exit::report(&error).into(),
+    }
+}

@@ -127,6 +127,10 @@ pub fn load(
         Ok(report) => Error::Mismatch {
             report: Box::new(report),
         },
+        // Bytes that could not be read because the file was cut or replaced: say that.
+        Err(Error::Backend(error @ hoist_backend::Error::SourceIo { .. })) => {
+            source.check_unchanged().err().unwrap_or(error).into()
+        }
         Err(error) => error,
     };
     let given_back = if uploaded {

@@ -1,0 +1,30 @@
+//! How results are printed: JSON with stable keys, or tables.
+
+pub(crate) mod load;
+pub(crate) mod metadata;
+pub(crate) mod model;
+pub(crate) mod plan;
+pub(crate) mod table;
+pub(crate) mod units;
+
+use std::io::Write as _;
+
+use anyhow::Result;
+use serde_json::Value;
+
+/// Prints one JSON object.
+pub(crate) fn print_json(value: &Value) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value)?;
+    writeln!(out)?;
+    out.flush()?;
+    Ok(())
+}
+
+/// Prints text for people.
+pub(crate) fn print_text(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(())
+}
