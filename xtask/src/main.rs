@@ -1,2 +1,36 @@
 //! Developer tasks: `cargo xtask --help`.
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod goldens;
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+/// Developer tasks of Hoist.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Regenerate the golden vectors of the numerics contract (needs python3 with gguf 0.19.0 and numpy).
+    Goldens(goldens::Arguments),
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().task {
+        Task::Goldens(arguments) => goldens::run(&arguments),
+    }
+}
+
+/// The workspace's root: the folder above this package.
+fn root() -> Result<&'static Path> {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("xtask has no folder above it")
+}
