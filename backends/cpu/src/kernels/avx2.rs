@@ -72,15 +72,19 @@ impl Lanes for Avx2 {
         fn pair<const J: i32>(v: V) -> V;
         fn signed_pair<const J: i32>(v: V) -> V;
         fn prepare_signed(w: V) -> Wide<V>;
-        fn dot_signed(acc: V, w: Wide<V>, q: u32, factor: V) -> V;
-        fn dot_signed_end(acc: V, factor: V, sum: i32) -> V;
+        fn dot_signed(acc: V, w: Wide<V>, q: u32) -> V;
+        fn dot_signed_end(acc: V, twice: u32, sum: i32) -> V;
         fn zero_wide() -> Wide<V>;
         fn mul_add_wide(acc: Wide<V>, a: V, b: V) -> Wide<V>;
+        fn odd(a: V) -> V;
+        fn mul_add_parted(acc: Wide<V>, a: V, b: Wide<V>) -> Wide<V>;
+        fn mul_add_splat(acc: Wide<V>, a: i32, b: Wide<V>) -> Wide<V>;
         fn add_wide(a: Wide<V>, b: Wide<V>) -> Wide<V>;
         fn sub_wide(a: Wide<V>, b: Wide<V>) -> Wide<V>;
         fn shift_wide(a: Wide<V>, by: V) -> Wide<V>;
         fn load_wide(sums: &Sums) -> Wide<V>;
         fn store_wide(a: Wide<V>, sums: &mut Sums);
+        fn round(a: Wide<V>, exponents: V, y: &mut [f32]) -> bool;
     }
 }
 
@@ -307,15 +311,15 @@ fn prepare_signed(w: V) -> Wide<V> {
 /// Two products of 128 · 127 just fit an i16.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn dot_signed(acc: V, w: Wide<V>, q: u32, factor: V) -> V {
+fn dot_signed(acc: V, w: Wide<V>, q: u32) -> V {
     let products = _mm256_maddubs_epi16(w.even, _mm256_sign_epi8(splat(q), w.odd));
-    _mm256_add_epi32(acc, _mm256_madd_epi16(products, factor))
+    _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)))
 }
 
 #[target_feature(enable = "avx2")]
 #[inline]
-fn dot_signed_end(acc: V, _factor: V, _sum: i32) -> V {
-    acc
+fn dot_signed_end(acc: V, twice: u32, _sum: i32) -> V {
+    _mm256_mullo_epi32(acc, splat(twice & 0xffff))
 }
 
 #[target_feature(enable = "avx2")]
@@ -334,6 +338,31 @@ fn mul_add_wide(acc: Wide<V>, a: V, b: V) -> Wide<V> {
     Wide {
         even: _mm256_add_epi64(acc.even, _mm256_mul_epi32(a, b)),
         odd: _mm256_add_epi64(acc.odd, _mm256_mul_epi32(a_odd, b_odd)),
+    }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn odd(a: V) -> V {
+    _mm256_srli_epi64::<32>(a)
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn mul_add_parted(acc: Wide<V>, a: V, b: Wide<V>) -> Wide<V> {
+    Wide {
+        even: _mm256_add_epi64(acc.even, _mm256_mul_epi32(a, b.even)),
+        odd: _mm256_add_epi64(acc.odd, _mm256_mul_epi32(odd(a), b.odd)),
+    }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn mul_add_splat(acc: Wide<V>, a: i32, b: Wide<V>) -> Wide<V> {
+    let a = splat(a as u32);
+    Wide {
+        even: _mm256_add_epi64(acc.even, _mm256_mul_epi32(a, b.even)),
+        odd: _mm256_add_epi64(acc.odd, _mm256_mul_epi32(a, b.odd)),
     }
 }
 
@@ -390,4 +419,40 @@ fn store_wide(a: Wide<V>, sums: &mut Sums) {
     let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut sums.0);
     store(a.even, &mut bytes[..32]);
     store(a.odd, &mut bytes[32..64]);
+}
+
+/// Four sums below 2^51 in magnitude, exactly.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn to_f64(x: V) -> __m256d {
+    // 2^52 + 2^51: an integer added to these bits is added to the number.
+    let offset = _mm256_set1_pd(6_755_399_441_055_744.0);
+    let raised = _mm256_add_epi64(x, _mm256_castpd_si256(offset));
+    _mm256_sub_pd(_mm256_castsi256_pd(raised), offset)
+}
+
+/// The sums rounded to f32, times `2^e` in the low words of `e`, rounded to f32. The product is exact in f64.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn round_four(x: V, e: V) -> __m128 {
+    let power = _mm256_slli_epi64::<52>(_mm256_add_epi64(e, _mm256_set1_epi64x(1023)));
+    let y = _mm256_cvtps_pd(_mm256_cvtpd_ps(to_f64(x)));
+    _mm256_cvtpd_ps(_mm256_mul_pd(y, _mm256_castsi256_pd(power)))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn round(a: Wide<V>, exponents: V, y: &mut [f32]) -> bool {
+    assert!(y.len() == 8);
+    let limit = _mm256_set1_epi64x(1 << 51);
+    let high = _mm256_or_si256(_mm256_add_epi64(a.even, limit), _mm256_add_epi64(a.odd, limit));
+    if _mm256_testz_si256(high, _mm256_set1_epi64x(!0 << 52)) == 0 {
+        return false;
+    }
+    // The bits above the exponent's eleven fall out of the shift.
+    let (even, odd) = (round_four(a.even, exponents), round_four(a.odd, odd(exponents)));
+    let (low, high) = (_mm_unpacklo_ps(even, odd), _mm_unpackhi_ps(even, odd));
+    // SAFETY: eight f32 are writable, as asserted; any alignment is allowed.
+    unsafe { _mm256_storeu_ps(y.as_mut_ptr(), _mm256_set_m128(high, low)) };
+    true
 }

@@ -57,8 +57,23 @@ fn quantise_segment(x: &[f32], out: &mut Segment) -> Result<i32, NonFinite> {
     };
     // The thresholds of `u`: 127, 254, … times `d`; `u − 1` of them are below a block's maximum.
     let d8 = _mm256_set1_ps(d);
-    let low = _mm256_mul_ps(_mm256_setr_ps(127.0, 254.0, 381.0, 508.0, 635.0, 762.0, 889.0, 1016.0), d8);
-    let high = _mm256_mul_ps(_mm256_setr_ps(1143.0, 1270.0, 1397.0, 1524.0, 1651.0, 1778.0, 1905.0, f32::INFINITY), d8);
+    let low = _mm256_mul_ps(
+        _mm256_setr_ps(127.0, 254.0, 381.0, 508.0, 635.0, 762.0, 889.0, 1016.0),
+        d8,
+    );
+    let high = _mm256_mul_ps(
+        _mm256_setr_ps(
+            1143.0,
+            1270.0,
+            1397.0,
+            1524.0,
+            1651.0,
+            1778.0,
+            1905.0,
+            f32::INFINITY,
+        ),
+        d8,
+    );
     let mut u = [1i32; BLOCKS];
     let mut halves = [0i32; 2 * BLOCKS];
     let quads = out.q.as_chunks_mut::<8>().0;
@@ -69,7 +84,9 @@ fn quantise_segment(x: &[f32], out: &mut Segment) -> Result<i32, NonFinite> {
         let above_high = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, high));
         u[j] = 1 + (above_low.count_ones() + above_high.count_ones()) as i32;
         let r = _mm256_set1_ps(1.0 / (u[j] as f32 * d));
-        let [x0, x1, x2, x3] = x.as_chunks::<8>().0 else { continue };
+        let [x0, x1, x2, x3] = x.as_chunks::<8>().0 else {
+            continue;
+        };
         // Conversion rounds to nearest, ties to even: the mode that Rust runs in.
         let i0 = _mm256_cvtps_epi32(_mm256_mul_ps(load(x0), r));
         let i1 = _mm256_cvtps_epi32(_mm256_mul_ps(load(x1), r));
@@ -84,7 +101,8 @@ fn quantise_segment(x: &[f32], out: &mut Segment) -> Result<i32, NonFinite> {
         let raised = _mm256_xor_si256(packed, _mm256_set1_epi8(-128));
         let sums = _mm256_sad_epu8(raised, _mm256_setzero_si256());
         halves[2 * j] = (_mm256_extract_epi64::<0>(sums) + _mm256_extract_epi64::<1>(sums)) as i32 - 16 * 128;
-        halves[2 * j + 1] = (_mm256_extract_epi64::<2>(sums) + _mm256_extract_epi64::<3>(sums)) as i32 - 16 * 128;
+        halves[2 * j + 1] =
+            (_mm256_extract_epi64::<2>(sums) + _mm256_extract_epi64::<3>(sums)) as i32 - 16 * 128;
     }
     let (m, e) = take_apart(d);
     sums(&halves, &u, m, out);

@@ -146,7 +146,15 @@ impl<const FIFTHS: bool, const MINS: bool> Codec for Nibbles<FIFTHS, MINS> {
             }
             i = l.mul_add_wide(i, dot, l.mul_floor(l.load_f16(scale), powers.scale));
             if let Some(min) = mins.next() {
-                j = l.mul_add_wide(j, l.splat(*mus as u32), l.mul_floor(l.load_f16(min), min_power));
+                let min = l.mul_floor(l.load_f16(min), min_power);
+                j = l.mul_add_splat(
+                    j,
+                    *mus,
+                    Wide {
+                        even: min,
+                        odd: l.odd(min),
+                    },
+                );
             }
         }
         Product { i, j }
@@ -169,9 +177,9 @@ impl<const FIFTHS: bool, const MINS: bool> Codec for Nibbles<FIFTHS, MINS> {
                 panel.set_weights(l, 8 * b + g, low);
                 panel.set_weights(l, 8 * b + 4 + g, high);
             }
-            panel.set_scales(l, b, l.mul_floor(l.load_f16(scale), powers.scale));
+            panel.set_wide_scales(l, b, l.mul_floor(l.load_f16(scale), powers.scale));
             if let Some(min) = mins.next() {
-                panel.set_mins(l, b, l.mul_floor(l.load_f16(min), min_power));
+                panel.set_wide_mins(l, b, l.mul_floor(l.load_f16(min), min_power));
             }
         }
     }
@@ -199,14 +207,13 @@ impl Codec for Bytes {
         let blocks = scales.chunks_exact(2 * r).zip(weights.chunks_exact(32 * r));
         let activations = x.q.as_chunks::<8>().0.iter().zip(&x.um_twice).zip(&x.mus);
         for ((scale, weights), ((q, um), mus)) in blocks.zip(activations) {
-            let um = l.factor(*um);
             let (mut even, mut odd) = (l.splat(0), l.splat(0));
             for (words, q) in weights.chunks_exact(8 * r).zip(q.as_chunks::<2>().0) {
                 let (a, b) = words.split_at(4 * r);
-                even = l.dot_signed(even, l.prepare_signed(l.load(a)), q[0], um);
-                odd = l.dot_signed(odd, l.prepare_signed(l.load(b)), q[1], um);
+                even = l.dot_signed(even, l.prepare_signed(l.load(a)), q[0]);
+                odd = l.dot_signed(odd, l.prepare_signed(l.load(b)), q[1]);
             }
-            let dot = l.dot_signed_end(l.add(even, odd), um, *mus);
+            let dot = l.dot_signed_end(l.add(even, odd), *um, *mus);
             i = l.mul_add_wide(i, dot, l.mul_floor(l.load_f16(scale), powers.scale));
         }
         Product { i, j: l.zero_wide() }
@@ -220,7 +227,7 @@ impl Codec for Bytes {
             panel.set_weights(l, i, l.load(word));
         }
         for (b, scale) in scales.chunks_exact(2 * r).enumerate() {
-            panel.set_scales(l, b, l.mul_floor(l.load_f16(scale), powers.scale));
+            panel.set_wide_scales(l, b, l.mul_floor(l.load_f16(scale), powers.scale));
         }
     }
 }
@@ -555,17 +562,4 @@ impl Codec for SixBits {
         }
         panel.set_super_scales(l, 0, l.mul_floor(l.load_f16(d), powers.scale));
     }
-}
-
-/// Any encoding, decoded row by row to plain integers ([`Panel::set_row`]).
-pub(super) struct Plain<const MINS: bool>;
-
-impl<const MINS: bool> Panelled for Plain<MINS> {
-    const FORM: Form = Form {
-        dots: 0,
-        zero: 0,
-        halves: true,
-        mins: MINS,
-        sub_scales: false,
-    };
 }

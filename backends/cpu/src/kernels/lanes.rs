@@ -77,20 +77,30 @@ pub(super) trait Lanes: Copy {
 
     /// What [`Lanes::dot_signed`] wants of four i8 weights.
     fn prepare_signed(self, w: Self::V) -> Wide<Self::V>;
-    /// Adds products of four i8 weights with four i8 activations, times a factor, in a form of its own that starts at 0.
-    fn dot_signed(self, acc: Self::V, w: Wide<Self::V>, q: u32, factor: Self::V) -> Self::V;
-    /// The accumulated sum times the factor; `sum`: the activations' sum times the factor.
-    fn dot_signed_end(self, acc: Self::V, factor: Self::V, sum: i32) -> Self::V;
+    /// Adds products of four i8 weights with four i8 activations, in a form of its own that starts at 0.
+    fn dot_signed(self, acc: Self::V, w: Wide<Self::V>, q: u32) -> Self::V;
+    /// The accumulated sum times a factor, given as two equal i16; `sum`: the activations' sum times the factor.
+    fn dot_signed_end(self, acc: Self::V, twice: u32, sum: i32) -> Self::V;
 
     fn zero_wide(self) -> Wide<Self::V>;
     /// Adds products of 32-bit integers.
     fn mul_add_wide(self, acc: Wide<Self::V>, a: Self::V, b: Self::V) -> Wide<Self::V>;
+    /// Odd rows' words in the places of the even rows before them.
+    fn odd(self, a: Self::V) -> Self::V;
+    /// Adds products of 32-bit integers, `b`'s odd rows being in even places already.
+    fn mul_add_parted(self, acc: Wide<Self::V>, a: Self::V, b: Wide<Self::V>) -> Wide<Self::V>;
+    /// Adds products of `a` and 32-bit integers, `b`'s odd rows being in even places already.
+    fn mul_add_splat(self, acc: Wide<Self::V>, a: i32, b: Wide<Self::V>) -> Wide<Self::V>;
     fn add_wide(self, a: Wide<Self::V>, b: Wide<Self::V>) -> Wide<Self::V>;
     fn sub_wide(self, a: Wide<Self::V>, b: Wide<Self::V>) -> Wide<Self::V>;
     /// Arithmetic shift to the right by 0 … 63.
     fn shift_wide(self, a: Wide<Self::V>, by: Self::V) -> Wide<Self::V>;
     fn load_wide(self, sums: &Sums) -> Wide<Self::V>;
     fn store_wide(self, a: Wide<Self::V>, sums: &mut Sums);
+
+    /// The end of §1.3: `a` rounded to f32, times `2^exponents`, rounded to f32, in the order of rows. `false`, and nothing
+    /// of use in `y`, if a sum is too large for this way of doing it.
+    fn round(self, a: Wide<Self::V>, exponents: Self::V, y: &mut [f32]) -> bool;
 }
 
 /// Most rows of a vector.

@@ -46,6 +46,8 @@ mod scalar;
 mod side;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tokens;
 
 pub(crate) use activations::{Segment, quantise, segments};
 pub(crate) use matrix::{QuantMatrix, Results, Scratch, matmul};

@@ -6,20 +6,21 @@ use std::ops::Range;
 use hoist_backend::Encoding;
 use hoist_quant::SegmentView;
 
-use super::activations::Segment;
-use super::codec::{Bytes, Codec, Nibbles, Panelled, Plain, Powers, SixBits, SuperNibbles};
+use super::activations::{SEGMENT, Segment};
+use super::codec::{Bytes, Codec, Form, Nibbles, Panelled, Powers, SixBits, SuperNibbles};
 use super::lanes::{Job, Lanes, MAX_ROWS, Sums, Wide};
 use super::matrix::{QuantMatrix, Results};
 use super::pack::{MAX_SEGMENT_BYTES, pack_segment, pack_side, segment_bytes};
 use super::panel::Panel;
 use super::side::{SIDE_ROW_BYTES, SIDE_SEGMENT_BYTES, row_bytes, side_row_bytes};
+use super::tokens::{self, Dots};
 use super::{NonFinite, round};
 
 /// Tokens that share one decode of a segment: few enough for their activations to stay in the second-level cache.
 const TILE: usize = 64;
 
-/// Tokens that a step of a panel's product takes together.
-const STEP: usize = 4;
+/// Groups of rows that a panel's product takes together, so that what is read of the activations serves both.
+pub(super) const PANELS: usize = 2;
 
 /// What a call needs besides its operands.
 #[derive(Debug)]
@@ -27,10 +28,11 @@ const STEP: usize = 4;
 pub(super) struct Buffers {
     /// A segment of a group that is not packed, packed.
     unit: [u8; MAX_SEGMENT_BYTES * MAX_ROWS],
-    /// What stands beside a group that is not packed, packed.
-    side: [u8; side_row_bytes(hoist_quant::MAX_COLS as usize) * MAX_ROWS],
-    panel: Panel,
-    sums: [Sums; TILE],
+    /// What stands beside groups that are not packed, packed.
+    side: [[u8; side_row_bytes(hoist_quant::MAX_COLS as usize) * MAX_ROWS]; PANELS],
+    panels: [Panel; PANELS],
+    dots: Dots,
+    sums: [[Sums; PANELS]; TILE],
     view: SegmentView,
 }
 
@@ -38,9 +40,10 @@ impl Buffers {
     pub(super) fn new() -> Self {
         Self {
             unit: [0; MAX_SEGMENT_BYTES * MAX_ROWS],
-            side: [0; side_row_bytes(hoist_quant::MAX_COLS as usize) * MAX_ROWS],
-            panel: Panel::ZERO,
-            sums: [Sums::ZERO; TILE],
+            side: [[0; side_row_bytes(hoist_quant::MAX_COLS as usize) * MAX_ROWS]; PANELS],
+            panels: [Panel::ZERO; PANELS],
+            dots: Dots::ZERO,
+            sums: [[Sums::ZERO; PANELS]; TILE],
             view: SegmentView::default(),
         }
     }
@@ -66,30 +69,24 @@ pub(super) fn matmul<L: Lanes>(lanes: L, call: Call<'_, '_, '_>) -> Result<(), N
         Encoding::Q4_K => packed::<L, SuperNibbles<false>>(lanes, call),
         Encoding::Q5_K => packed::<L, SuperNibbles<true>>(lanes, call),
         Encoding::Q6_K => packed::<L, SixBits>(lanes, call),
-        Encoding::Q2_K => lanes.vectorise(Decoded::<true>(call)),
-        _ => lanes.vectorise(Decoded::<false>(call)),
+        Encoding::Q2_K => lanes.vectorise(Tokens::<Plain<true>>::of(call)),
+        _ => lanes.vectorise(Tokens::<Plain<false>>::of(call)),
     }
 }
 
 fn packed<L: Lanes, C: Codec>(lanes: L, call: Call<'_, '_, '_>) -> Result<(), NonFinite> {
     if call.x.len() == call.w.segments() {
-        lanes.vectorise(OneToken::<C> {
-            call,
-            codec: PhantomData,
-        })
+        lanes.vectorise(OneToken::<C>::of(call))
     } else {
-        lanes.vectorise(Tokens::<C> {
-            call,
-            codec: PhantomData,
-        })
+        lanes.vectorise(Tokens::<Packed<C>>::of(call))
     }
 }
 
-/// A group of rows: where they are and what stands beside them.
+/// A group of rows.
 struct Group<'a> {
     /// The first row.
     row: usize,
-    /// Rows that there are; [`Lanes::ROWS`] but at the matrix's end.
+    /// Rows that there are: [`Lanes::ROWS`], or fewer at the matrix's end.
     rows: usize,
     /// Their bytes.
     bytes: &'a [u8],
@@ -103,11 +100,12 @@ impl<'a> Group<'a> {
         let rows = L::ROWS.min(w.rows - row);
         let row_bytes = row_bytes(w.encoding, w.cols);
         let bytes = &w.bytes[row * row_bytes..(row + rows) * row_bytes];
+        let packed = w.packed && rows == L::ROWS;
         Self {
             row,
             rows,
             bytes,
-            packed: w.packed && rows == L::ROWS,
+            packed,
         }
     }
 
@@ -154,10 +152,39 @@ struct Exponents<'a> {
     segments: &'a [u8],
 }
 
-/// Those of one segment.
-struct Below<V> {
+/// `E_w − e` and `E_w − e'` of one segment.
+#[derive(Clone, Copy)]
+pub(super) struct Below<V> {
     scale: V,
     min: V,
+}
+
+impl<V: Copy> Below<V> {
+    #[inline(always)]
+    fn powers<L: Lanes<V = V>>(&self, l: L, e_w: V) -> Powers<L::F> {
+        Powers {
+            scale: l.pow2(l.sub(self.scale, e_w)),
+            min: l.pow2(l.sub(self.min, e_w)),
+        }
+    }
+
+    /// `acc + T_I − T_J`, from `m_a · I` and `m_a · J`.
+    #[inline(always)]
+    pub(super) fn shifted<L: Lanes<V = V>>(
+        &self,
+        l: L,
+        acc: Wide<V>,
+        i: Wide<V>,
+        j: Option<Wide<V>>,
+        x: &Segment,
+    ) -> Wide<V> {
+        let (shift, most) = (l.splat(x.shift as u32), l.splat(63));
+        let acc = l.add_wide(acc, l.shift_wide(i, l.min(l.add(self.scale, shift), most)));
+        match j {
+            Some(j) => l.sub_wide(acc, l.shift_wide(j, l.min(l.add(self.min, shift), most))),
+            None => acc,
+        }
+    }
 }
 
 impl<'a> Exponents<'a> {
@@ -177,57 +204,46 @@ impl<'a> Exponents<'a> {
         }
     }
 
-    #[inline(always)]
-    fn row(&self, row: usize) -> i32 {
-        i16::from_le_bytes([self.rows[2 * row], self.rows[2 * row + 1]]).into()
-    }
-
-    /// Rounds a token's sums and writes them.
+    /// Rounds a token's sums and writes them; keeps the bits of the largest magnitude in `largest`.
     #[inline(always)]
     fn finish<L: Lanes>(
         &self,
-        group: &Group<'_>,
-        sums: &Sums,
-        token: usize,
-        x: &Segment,
-        scale: Option<f32>,
+        l: L,
+        (w, group): (&QuantMatrix<'_>, &Group<'_>),
+        acc: Wide<L::V>,
+        (token, x): (usize, &Segment),
         out: &mut Results<'_>,
-    ) -> Result<(), NonFinite> {
+        largest: &mut u32,
+    ) {
         let mut y = [0f32; MAX_ROWS];
-        for (row, y) in y[..group.rows].iter_mut().enumerate() {
-            *y = round::finish(sums.row(row, L::ROWS), self.row(row) + x.e_max, scale);
+        let y = &mut y[..L::ROWS];
+        let exponents = l.add(l.load_i16(self.rows), l.splat(x.e_max as u32));
+        if w.scale.is_some() || !l.round(acc, exponents, y) {
+            let mut sums = Sums::ZERO;
+            l.store_wide(acc, &mut sums);
+            for (row, (y, e)) in y.iter_mut().zip(self.rows.as_chunks::<2>().0).enumerate() {
+                let exponent = i32::from(i16::from_le_bytes(*e)) + x.e_max;
+                *y = round::finish(sums.row(row, L::ROWS), exponent, w.scale);
+            }
         }
-        let y = &y[..group.rows];
-        out.write(token, group.row, y);
-        round::check(y)
+        // Rows that are missing have sums of 0.
+        *largest = y
+            .iter()
+            .fold(*largest, |most, y| most.max(y.to_bits() & 0x7fff_ffff));
+        if group.rows == L::ROWS {
+            out.write(token, group.row, y);
+        } else {
+            out.write(token, group.row, &y[..group.rows]);
+        }
     }
 }
 
-impl<V: Copy> Below<V> {
-    #[inline(always)]
-    fn powers<L: Lanes<V = V>>(&self, l: L, e_w: V) -> Powers<L::F> {
-        Powers {
-            scale: l.pow2(l.sub(self.scale, e_w)),
-            min: l.pow2(l.sub(self.min, e_w)),
-        }
-    }
-
-    /// `T_I − T_J`, added to `acc`.
-    #[inline(always)]
-    fn shifted<L: Lanes<V = V>>(
-        &self,
-        l: L,
-        acc: Wide<V>,
-        i: Wide<V>,
-        j: Option<Wide<V>>,
-        x: &Segment,
-    ) -> Wide<V> {
-        let (shift, most) = (l.splat(x.shift as u32), l.splat(63));
-        let acc = l.add_wide(acc, l.shift_wide(i, l.min(l.add(self.scale, shift), most)));
-        match j {
-            Some(j) => l.sub_wide(acc, l.shift_wide(j, l.min(l.add(self.min, shift), most))),
-            None => acc,
-        }
+/// Whether results whose largest magnitude has these bits are finite.
+fn check(largest: u32) -> Result<(), NonFinite> {
+    if largest < f32::INFINITY.to_bits() {
+        Ok(())
+    } else {
+        Err(NonFinite)
     }
 }
 
@@ -235,6 +251,15 @@ impl<V: Copy> Below<V> {
 struct OneToken<'a, 'm, 'o, C> {
     call: Call<'a, 'm, 'o>,
     codec: PhantomData<C>,
+}
+
+impl<'a, 'm, 'o, C: Codec> OneToken<'a, 'm, 'o, C> {
+    fn of(call: Call<'a, 'm, 'o>) -> Self {
+        Self {
+            call,
+            codec: PhantomData,
+        }
+    }
 }
 
 impl<C: Codec> Job for OneToken<'_, '_, '_, C> {
@@ -249,9 +274,10 @@ impl<C: Codec> Job for OneToken<'_, '_, '_, C> {
             out,
             buffers,
         } = self.call;
+        let mut largest = 0;
         for row in rows.step_by(L::ROWS) {
             let group = Group::new::<L>(w, row);
-            let side = Exponents::new::<L>(group.side::<L>(w, &mut buffers.side));
+            let side = Exponents::new::<L>(group.side::<L>(w, &mut buffers.side[0]));
             let e_w = l.load_i16(side.rows);
             let mut acc = l.zero_wide();
             for (segment, x) in x.iter().enumerate() {
@@ -260,21 +286,96 @@ impl<C: Codec> Job for OneToken<'_, '_, '_, C> {
                 let product = C::product(l, unit, x, below.powers(l, e_w));
                 acc = below.shifted(l, acc, product.i, C::FORM.mins.then_some(product.j), x);
             }
-            let mut sums = Sums::ZERO;
-            l.store_wide(acc, &mut sums);
-            side.finish::<L>(&group, &sums, 0, &x[0], w.scale, out)?;
+            side.finish(l, (w, &group), acc, (0, &x[0]), out, &mut largest);
+        }
+        check(largest)
+    }
+}
+
+/// Whatever decodes a segment of a group into a panel.
+trait Fill: Panelled {
+    fn fill<L: Lanes>(
+        l: L,
+        operands: (&QuantMatrix<'_>, &Group<'_>, usize),
+        powers: Powers<L::F>,
+        scratch: (&mut [u8], &mut SegmentView),
+        panel: &mut Panel,
+    ) -> Result<(), NonFinite>;
+}
+
+/// Packed encodings.
+struct Packed<C>(PhantomData<C>);
+
+impl<C: Codec> Panelled for Packed<C> {
+    const FORM: Form = C::FORM;
+}
+
+impl<C: Codec> Fill for Packed<C> {
+    #[inline(always)]
+    fn fill<L: Lanes>(
+        l: L,
+        (w, group, segment): (&QuantMatrix<'_>, &Group<'_>, usize),
+        powers: Powers<L::F>,
+        (unit, _): (&mut [u8], &mut SegmentView),
+        panel: &mut Panel,
+    ) -> Result<(), NonFinite> {
+        C::fill(l, group.unit::<L>(w, segment, unit), powers, panel);
+        Ok(())
+    }
+}
+
+/// Any encoding, decoded row by row to plain integers.
+struct Plain<const MINS: bool>;
+
+impl<const MINS: bool> Panelled for Plain<MINS> {
+    const FORM: Form = Form {
+        dots: 0,
+        zero: 0,
+        halves: true,
+        mins: MINS,
+        sub_scales: false,
+    };
+}
+
+impl<const MINS: bool> Fill for Plain<MINS> {
+    #[inline(always)]
+    fn fill<L: Lanes>(
+        _: L,
+        (w, group, segment): (&QuantMatrix<'_>, &Group<'_>, usize),
+        _: Powers<L::F>,
+        (_, view): (&mut [u8], &mut SegmentView),
+        panel: &mut Panel,
+    ) -> Result<(), NonFinite> {
+        for r in 0..L::ROWS {
+            if r < group.rows {
+                // Rows were read once already, when what is kept beside them was computed.
+                hoist_quant::read_segment(w.encoding, w.row(group.row + r), segment, view)
+                    .map_err(|_| NonFinite)?;
+            } else {
+                *view = SegmentView::default();
+            }
+            panel.set_row::<L>(r, view);
         }
         Ok(())
     }
 }
 
-/// Several tokens, by panels.
-struct Tokens<'a, 'm, 'o, C> {
+/// Any number of tokens, by panels.
+struct Tokens<'a, 'm, 'o, P> {
     call: Call<'a, 'm, 'o>,
-    codec: PhantomData<C>,
+    fill: PhantomData<P>,
 }
 
-impl<C: Codec> Job for Tokens<'_, '_, '_, C> {
+impl<'a, 'm, 'o, P: Fill> Tokens<'a, 'm, 'o, P> {
+    fn of(call: Call<'a, 'm, 'o>) -> Self {
+        Self {
+            call,
+            fill: PhantomData,
+        }
+    }
+}
+
+impl<P: Fill> Job for Tokens<'_, '_, '_, P> {
     type Output = Result<(), NonFinite>;
 
     #[inline(always)]
@@ -286,248 +387,74 @@ impl<C: Codec> Job for Tokens<'_, '_, '_, C> {
             out,
             buffers,
         } = self.call;
-        let Buffers {
-            unit,
-            side,
-            panel,
-            sums,
-            ..
-        } = buffers;
-        let segments = w.segments();
-        for (tile, x) in x.chunks(TILE * segments).enumerate() {
-            let sums = &mut sums[..x.len() / segments];
-            for row in rows.clone().step_by(L::ROWS) {
-                let group = Group::new::<L>(w, row);
-                let side = Exponents::new::<L>(group.side::<L>(w, side));
-                let e_w = l.load_i16(side.rows);
-                sums.fill(Sums::ZERO);
-                for segment in 0..segments {
-                    let unit = group.unit::<L>(w, segment, unit);
-                    let below = side.below(l, segment);
-                    let blocks = segment_bytes(w.encoding, w.cols, segment).len()
-                        * w.encoding.block_weights() as usize
-                        / (32 * w.encoding.block_bytes() as usize);
-                    C::fill(l, unit, below.powers(l, e_w), panel);
-                    all_tokens::<L, C>(l, panel, blocks, &below, x, segment, sums);
-                }
-                for (token, (x, sums)) in x.chunks_exact(segments).zip(&*sums).enumerate() {
-                    side.finish::<L>(&group, sums, tile * TILE + token, &x[0], w.scale, out)?;
+        let mut largest = 0;
+        for (tile, x) in x.chunks(TILE * w.segments()).enumerate() {
+            let tile = (tile * TILE, x);
+            let mut row = rows.start;
+            while row < rows.end {
+                if rows.end - row > L::ROWS {
+                    some_rows::<L, P, PANELS>(l, (w, row), tile, out, buffers, &mut largest)?;
+                    row += PANELS * L::ROWS;
+                } else {
+                    some_rows::<L, P, 1>(l, (w, row), tile, out, buffers, &mut largest)?;
+                    row += L::ROWS;
                 }
             }
         }
-        Ok(())
+        check(largest)
     }
 }
 
-/// Any encoding, by panels of rows decoded one by one.
-struct Decoded<'a, 'm, 'o, const MINS: bool>(Call<'a, 'm, 'o>);
-
-impl<const MINS: bool> Job for Decoded<'_, '_, '_, MINS> {
-    type Output = Result<(), NonFinite>;
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, l: L) -> Self::Output {
-        let Call {
-            w,
-            rows,
-            x,
-            out,
-            buffers,
-        } = self.0;
-        let Buffers {
-            side,
-            panel,
-            sums,
-            view,
-            ..
-        } = buffers;
-        let segments = w.segments();
-        for (tile, x) in x.chunks(TILE * segments).enumerate() {
-            let sums = &mut sums[..x.len() / segments];
-            for row in rows.clone().step_by(L::ROWS) {
-                let group = Group::new::<L>(w, row);
-                let side = Exponents::new::<L>(group.side::<L>(w, side));
-                sums.fill(Sums::ZERO);
-                for segment in 0..segments {
-                    for r in 0..group.rows {
-                        // Rows were read once already, when what is kept beside them was computed.
-                        hoist_quant::read_segment(w.encoding, w.row(row + r), segment, view)
-                            .map_err(|_| NonFinite)?;
-                        panel.set_row::<L>(r, view);
-                    }
-                    let below = side.below(l, segment);
-                    all_tokens::<L, Plain<MINS>>(l, panel, view.len / 32, &below, x, segment, sums);
-                }
-                for (token, (x, sums)) in x.chunks_exact(segments).zip(&*sums).enumerate() {
-                    side.finish::<L>(&group, sums, tile * TILE + token, &x[0], w.scale, out)?;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Adds a panel's products with all tokens to their sums.
+/// `N` groups of rows from `row` on × a tile of tokens, of which the first is `first`.
 #[inline(always)]
-fn all_tokens<L: Lanes, P: Panelled>(
+fn some_rows<L: Lanes, P: Fill, const N: usize>(
     l: L,
-    panel: &Panel,
-    blocks: usize,
-    below: &Below<L::V>,
-    x: &[Segment],
-    segment: usize,
-    sums: &mut [Sums],
-) {
-    let segments = x.len() / sums.len();
-    let (steps, rest) = sums.as_chunks_mut::<STEP>();
-    let token = |t: usize| &x[t * segments + segment];
-    for (step, sums) in steps.iter_mut().enumerate() {
-        let t = STEP * step;
-        let x = [token(t), token(t + 1), token(t + 2), token(t + 3)];
-        some_tokens::<L, P, STEP>(l, panel, blocks, below, x, sums);
+    (w, row): (&QuantMatrix<'_>, usize),
+    (first, x): (usize, &[Segment]),
+    out: &mut Results<'_>,
+    buffers: &mut Buffers,
+    largest: &mut u32,
+) -> Result<(), NonFinite> {
+    let segments = w.segments();
+    let Buffers {
+        unit,
+        side,
+        panels,
+        dots,
+        sums,
+        view,
+    } = buffers;
+    let [side0, side1] = side;
+    let groups = [
+        Group::new::<L>(w, row),
+        Group::new::<L>(w, row + (N - 1) * L::ROWS),
+    ];
+    let sides = [
+        Exponents::new::<L>(groups[0].side::<L>(w, side0)),
+        Exponents::new::<L>(groups[1].side::<L>(w, side1)),
+    ];
+    let sums = &mut sums[..x.len() / segments];
+    sums.fill([Sums::ZERO; PANELS]);
+    for segment in 0..segments {
+        let below = [sides[0].below(l, segment), sides[1].below(l, segment)];
+        for n in 0..N {
+            let powers = below[n].powers(l, l.load_i16(sides[n].rows));
+            P::fill(
+                l,
+                (w, &groups[n], segment),
+                powers,
+                (&mut unit[..], view),
+                &mut panels[n],
+            )?;
+        }
+        let blocks = (w.cols - SEGMENT * segment).min(SEGMENT) / 32;
+        tokens::add_products::<L, P, N>(l, panels, &below, blocks, (x, segment), dots, sums);
     }
-    let done = STEP * steps.len();
-    for (t, sums) in rest.as_chunks_mut::<1>().0.iter_mut().enumerate() {
-        some_tokens::<L, P, 1>(l, panel, blocks, below, [token(done + t)], sums);
-    }
-}
-
-/// Adds a panel's products with `T` tokens to their sums.
-#[inline(always)]
-fn some_tokens<L: Lanes, P: Panelled, const T: usize>(
-    l: L,
-    panel: &Panel,
-    blocks: usize,
-    below: &Below<L::V>,
-    x: [&Segment; T],
-    sums: &mut [Sums; T],
-) {
-    let form = P::FORM;
-    let parts = if form.halves { 2 * blocks } else { blocks };
-    let block = |part: usize| if form.halves { part / 2 } else { part };
-    let mut i = [l.zero_wide(); T];
-    let mut j = [l.zero_wide(); T];
-    if form.sub_scales {
-        let mut dots = [l.splat(0); T];
-        for part in 0..parts {
-            let sub_scale = panel.scales(l, part);
-            let mut factors = [sub_scale; T];
-            for t in 0..T {
-                factors[t] = l.times(sub_scale, x[t].u_twice[block(part)]);
-            }
-            let dot = dots_of::<L, P, T>(l, panel, part, &x, &factors);
-            for t in 0..T {
-                dots[t] = l.add(dots[t], dot[t]);
-            }
-        }
-        if form.zero == 32 {
-            let mut zeros = [l.splat(0); T];
-            for b in 0..blocks {
-                let pair = panel.pairs(l, b);
-                for t in 0..T {
-                    zeros[t] = l.add(zeros[t], l.madd16(pair, l.splat(x[t].us_halves[b])));
-                }
-            }
-            for t in 0..T {
-                dots[t] = l.sub(dots[t], l.shl::<5>(zeros[t]));
-            }
-        }
-        let m = panel.super_scales(l, 0);
-        for t in 0..T {
-            i[t] = l.mul_add_wide(i[t], dots[t], l.madd16(m, l.splat(x[t].m as u32)));
-        }
-        if form.mins {
-            let mut min_dots = [l.splat(0); T];
-            for p in 0..blocks / 2 {
-                let pair = panel.mins(l, p);
-                for t in 0..T {
-                    let u_mins = l.mul16(pair, l.splat(x[t].u_pair[p]));
-                    min_dots[t] = l.add(min_dots[t], l.madd16(u_mins, l.splat(x[t].s_pair[p])));
-                }
-            }
-            let m = panel.super_scales(l, 1);
-            for t in 0..T {
-                j[t] = l.mul_add_wide(j[t], min_dots[t], l.madd16(m, l.splat(x[t].m as u32)));
-            }
-        }
-    } else {
-        for part in 0..parts {
-            let mut factors = [l.splat(0); T];
-            for t in 0..T {
-                factors[t] = l.factor(x[t].um_twice[block(part)]);
-            }
-            let dots = dots_of::<L, P, T>(l, panel, part, &x, &factors);
-            let scale = panel.scales(l, part);
-            for t in 0..T {
-                let mut dot = dots[t];
-                if form.zero != 0 {
-                    dot = l.sub(dot, l.splat((form.zero * x[t].mus[block(part)]) as u32));
-                }
-                i[t] = l.mul_add_wide(i[t], dot, scale);
-            }
-            if form.mins {
-                let min = panel.mins(l, part);
-                for t in 0..T {
-                    let sum = if form.halves {
-                        x[t].mus_half[part]
-                    } else {
-                        x[t].mus[part]
-                    };
-                    j[t] = l.mul_add_wide(j[t], l.splat(sum as u32), min);
-                }
-            }
+    for (token, (x, sums)) in x.chunks_exact(segments).zip(&*sums).enumerate() {
+        for n in 0..N {
+            let acc = l.load_wide(&sums[n]);
+            sides[n].finish(l, (w, &groups[n]), acc, (first + token, &x[0]), out, largest);
         }
     }
-    for t in 0..T {
-        let acc = l.load_wide(&sums[t]);
-        let acc = below.shifted(l, acc, i[t], form.mins.then_some(j[t]), x[t]);
-        l.store_wide(acc, &mut sums[t]);
-    }
-}
-
-/// Dots of a block or half block, times their factors.
-#[inline(always)]
-fn dots_of<L: Lanes, P: Panelled, const T: usize>(
-    l: L,
-    panel: &Panel,
-    part: usize,
-    x: &[&Segment; T],
-    factors: &[L::V; T],
-) -> [L::V; T] {
-    let form = P::FORM;
-    let quads = if form.halves { 4 } else { 8 };
-    let first = quads * part;
-    let mut acc = [l.splat(0); T];
-    if form.dots == 0 {
-        for quad in first..first + quads {
-            let w = l.prepare_signed(panel.weights(l, quad));
-            for t in 0..T {
-                acc[t] = l.dot_signed(acc[t], w, x[t].q[quad], factors[t]);
-            }
-        }
-        for t in 0..T {
-            let sum = if form.halves {
-                x[t].mus_half[part]
-            } else {
-                x[t].mus[part]
-            };
-            acc[t] = l.dot_signed_end(acc[t], factors[t], sum);
-        }
-        return acc;
-    }
-    let run = if L::NARROW { quads.min(form.dots) } else { quads };
-    let mut totals = [l.splat(0); T];
-    for start in (first..first + quads).step_by(run) {
-        acc = [l.splat(0); T];
-        for quad in start..start + run {
-            let w = panel.weights(l, quad);
-            for t in 0..T {
-                acc[t] = l.dot(acc[t], w, x[t].q[quad]);
-            }
-        }
-        for t in 0..T {
-            totals[t] = l.add(totals[t], l.dot_end(acc[t], factors[t]));
-        }
-    }
-    totals
+    Ok(())
 }
