@@ -11,13 +11,18 @@ use crate::calendar::Moment;
 use crate::huggingface::{read_json, read_limited};
 use crate::{Error, Result, Tokenizer, metadata};
 
-/// Instructions that a template may carry out, where 64 bytes of data count as one: some tenths of a second and 128 MiB at
-/// most. Real templates use some hundreds for each message.
-pub const TEMPLATE_FUEL: u64 = 2_000_000;
+/// Instructions that a template may carry out, where 64 bytes of data count as one: a tenth of a second and 32 MiB or so.
+/// Real templates use some hundreds for each message.
+pub const TEMPLATE_FUEL: u64 = 500_000;
 /// Most bytes that a template may write.
 pub const MAX_PROMPT_BYTES: usize = 16 << 20;
 /// Largest template that is compiled; real ones stay under 64 KiB.
-const MAX_TEMPLATE_BYTES: usize = 1 << 20;
+const MAX_TEMPLATE_BYTES: usize = 128 << 10;
+/// Longest tag of a template, strings not counted; real ones stay under 1 KiB. The compiler takes quadratic time over some.
+const MAX_TAG_BYTES: usize = 4 << 10;
+/// The engine recurses over nested expressions and nested values, without a limit of its own in all places. This is room for
+/// the deepest ones that a template's size and fuel allow; memory that is not used is only reserved.
+const STACK_BYTES: usize = 512 << 20;
 /// The one template of an environment.
 const NAME: &str = "chat";
 
@@ -99,26 +104,8 @@ impl ChatTemplate {
                 limit: MAX_TEMPLATE_BYTES,
             });
         }
-        let mut environment = Environment::new();
-        environment.set_fuel(Some(TEMPLATE_FUEL));
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()
-            .map_err(|error| Error::TemplateSyntax {
-                reason: describe(&error),
-            })?;
-        environment.set_syntax(syntax);
-        // Prompts are no web pages.
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", to_json);
-        environment.add_function("raise_exception", raise_exception);
-        environment
-            .add_template_owned(NAME, without_generation_tags(source))
-            .map_err(|error| Error::TemplateSyntax {
-                reason: describe(&error),
-            })?;
+        check_tags(source)?;
+        let environment = on_deep_stack(|| compile(source))?;
         Ok(ChatTemplate {
             environment,
             source: source.to_owned(),
@@ -137,6 +124,10 @@ impl ChatTemplate {
     /// [`Error::TemplateFailed`] with the template's own words if it raised an exception, [`Error::TemplateEndless`],
     /// [`Error::TemplateOutput`].
     pub fn render(&self, messages: &[ChatMessage], options: &RenderOptions<'_>) -> Result<String> {
+        on_deep_stack(|| self.render_here(messages, options))
+    }
+
+    fn render_here(&self, messages: &[ChatMessage], options: &RenderOptions<'_>) -> Result<String> {
         let failed = |error: minijinja::Error| match error.kind() {
             ErrorKind::OutOfFuel => Error::TemplateEndless { fuel: TEMPLATE_FUEL },
             _ => Error::TemplateFailed {
@@ -146,12 +137,10 @@ impl ChatTemplate {
         let messages: Vec<Value> = messages
             .iter()
             .map(|m| {
-                [
+                Value::from_pairs([
                     ("role", Value::from(m.role.as_str())),
                     ("content", Value::from(m.content.as_str())),
-                ]
-                .into_iter()
-                .collect()
+                ])
             })
             .collect();
         let now = Moment::from(options.now);
@@ -180,7 +169,7 @@ impl ChatTemplate {
             .environment
             .get_template(NAME)
             .map_err(failed)?
-            .render_captured_to(context.into_iter().collect::<Value>(), &mut prompt)
+            .render_captured_to(Value::from_pairs(context), &mut prompt)
             .map(|_| ());
         if prompt.exceeded {
             return Err(Error::TemplateOutput {
@@ -192,6 +181,85 @@ impl ChatTemplate {
             reason: error.to_string(),
         })
     }
+}
+
+/// Refuses a template with a tag of more than [`MAX_TAG_BYTES`].
+fn check_tags(source: &str) -> Result<()> {
+    let bytes = source.as_bytes();
+    let mut at = 0;
+    while let Some(open) = source[at..].find('{').map(|i| at + i) {
+        at = open + 1;
+        let close: &[u8] = match bytes.get(at) {
+            Some(b'{') => b"}}",
+            Some(b'%') => b"%}",
+            Some(b'#') => {
+                // A comment, in which quotes mean nothing.
+                at = source[at..].find("#}").map_or(bytes.len(), |i| at + i + 2);
+                continue;
+            }
+            _ => continue,
+        };
+        at += 1;
+        let mut quote = None;
+        let mut counted = 0;
+        while at < bytes.len() {
+            match (quote, bytes[at]) {
+                (Some(_), b'\\') => at += 1,
+                (Some(open), byte) if byte == open => quote = None,
+                (Some(_), _) => {}
+                (None, byte @ (b'"' | b'\'')) => quote = Some(byte),
+                (None, _) if bytes[at..].starts_with(close) => break,
+                (None, _) => counted += 1,
+            }
+            at += 1;
+            if counted > MAX_TAG_BYTES {
+                let line = source.bytes().take(open).filter(|&b| b == b'\n').count() + 1;
+                return Err(Error::TemplateSyntax {
+                    reason: format!("a tag of more than {MAX_TAG_BYTES} bytes (line {line})"),
+                });
+            }
+        }
+        at = source.ceil_char_boundary(at);
+    }
+    Ok(())
+}
+
+fn compile(source: &str) -> Result<Environment<'static>> {
+    let mut environment = Environment::new();
+    environment.set_fuel(Some(TEMPLATE_FUEL));
+    let syntax = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()
+        .map_err(|error| Error::TemplateSyntax {
+            reason: describe(&error),
+        })?;
+    environment.set_syntax(syntax);
+    // Prompts are no web pages.
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_filter("tojson", to_json);
+    environment.add_function("raise_exception", raise_exception);
+    environment
+        .add_template_owned(NAME, without_generation_tags(source))
+        .map_err(|error| Error::TemplateSyntax {
+            reason: describe(&error),
+        })?;
+    Ok(environment)
+}
+
+/// Runs the engine on a thread with a stack of [`STACK_BYTES`].
+fn on_deep_stack<T: Send>(run: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let failed = |reason: String| Error::TemplateFailed { reason };
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("chat template".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn_scoped(scope, run)
+            .map_err(|error| failed(format!("no thread to run it on: {error}")))?
+            .join()
+            .map_err(|_| failed("the template engine panicked".to_owned()))?
+    })
 }
 
 /// The template of a Hugging Face folder.
