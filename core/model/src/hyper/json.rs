@@ -635,10 +635,14 @@ impl<'a> Reader<'a, '_> {
                 original: original.ok_or_else(|| d.missing(&[ORIGINAL]))?,
             }),
             Some("yarn") => {
-                let factor = d.required_f64(&["factor"])?;
+                let given = d.f64(&["factor"])?;
                 let original = match original {
                     Some(n) => n,
                     None => self.default(ORIGINAL, context_length),
+                };
+                let factor = match given {
+                    Some(factor) => factor,
+                    None => self.default("factor", f64::from(context_length) / f64::from(original.max(1))),
                 };
                 let mscale = |factor: f64, m: f64| {
                     if factor > 1.0 {

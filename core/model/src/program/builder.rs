@@ -19,6 +19,8 @@ pub(super) struct Builder<'m> {
     values: Vec<ValueSpec>,
     ops: Vec<Op>,
     tables: Vec<Table>,
+    /// Values whose quantised form is at hand: (value, quantised, vectors).
+    quantised: Vec<(ValueId, ValueId, u32)>,
 }
 
 impl<'m> Builder<'m> {
@@ -30,6 +32,7 @@ impl<'m> Builder<'m> {
             values: Vec::new(),
             ops: Vec::new(),
             tables: Vec::new(),
+            quantised: Vec::new(),
         })
     }
 
@@ -67,6 +70,9 @@ impl<'m> Builder<'m> {
     }
 
     pub(super) fn op(&mut self, kind: OpKind) {
+        let written = written(&kind);
+        self.quantised
+            .retain(|(value, out, _)| !written.contains(&Some(*value)) && !written.contains(&Some(*out)));
         self.ops.push(Op {
             layer: self.layer,
             kind,
@@ -114,15 +120,19 @@ impl<'m> Builder<'m> {
         self.values.get(value.0 as usize).map_or(0, |v| v.width.into())
     }
 
-    /// For each of some weights that multiply one input: the value it reads. The input is quantised once if any weight is
-    /// quantised; float weights read it as it is.
+    /// For each of some weights that multiply one input: the value it reads. The input is quantised if any weight is, once
+    /// as long as it does not change; float weights read it as it is.
     fn inputs(&mut self, input: ValueId, vectors: u32, weights: &[WeightRef]) -> Result<Vec<ValueId>> {
         let quantized = weights
             .iter()
             .map(|w| self.is_quantized(*w))
             .collect::<Result<Vec<bool>>>()?;
-        let mut rounded = None;
-        if quantized.contains(&true) {
+        let mut rounded = self
+            .quantised
+            .iter()
+            .find(|(value, _, n)| *value == input && *n == vectors)
+            .map(|(_, out, _)| *out);
+        if quantized.contains(&true) && rounded.is_none() {
             let name = self
                 .values
                 .get(input.0 as usize)
@@ -130,6 +140,7 @@ impl<'m> Builder<'m> {
                 .unwrap_or_default();
             let out = self.value(&name, self.width(input), ValueKind::Quantized { vectors })?;
             self.op(OpKind::Quantise { input, out });
+            self.quantised.push((input, out, vectors));
             rounded = Some(out);
         }
         Ok(quantized
@@ -224,4 +235,29 @@ pub(super) fn narrow(what: impl FnOnce() -> String, n: u64) -> Result<u32> {
         found: n,
         limit: u32::MAX.into(),
     })
+}
+
+/// The values that an operation writes.
+fn written(kind: &OpKind) -> [Option<ValueId>; 2] {
+    match *kind {
+        OpKind::Embed { out, .. }
+        | OpKind::EmbedPosition { out, .. }
+        | OpKind::RmsNorm { out, .. }
+        | OpKind::LayerNorm { out, .. }
+        | OpKind::Quantise { out, .. }
+        | OpKind::MatMul { out, .. }
+        | OpKind::Attention { out, .. }
+        | OpKind::Activation { out, .. }
+        | OpKind::Mul { out, .. }
+        | OpKind::Add { out, .. }
+        | OpKind::Scale { out, .. }
+        | OpKind::SoftCap { out, .. }
+        | OpKind::ExpertMatMul { out, .. }
+        | OpKind::WeightedSum { out, .. }
+        | OpKind::Logits { out, .. } => [Some(out), None],
+        OpKind::Rope { value, .. } => [Some(value), None],
+        OpKind::RouterTopK { experts, weights, .. } => [Some(experts), Some(weights)],
+        // What else there may be is not written by this builder.
+        _ => [None, None],
+    }
 }

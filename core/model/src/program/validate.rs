@@ -1,11 +1,15 @@
+use std::cell::Cell;
+
 use hoist_backend::{
     DecodeProgram, OpKind, Role, Shape, TableId, ValueId, ValueKind, WeightIndex, WeightRef,
 };
 
 use crate::{Error, ResolvedModel, ResolvedWeight, Result};
 
-/// Checks that a program makes sense for a model: every value is written before it is read, every width fits its weights,
-/// quantised weights read quantised values, outputs alias only what they may, and tables and caches have the sizes used.
+/// Checks that a program makes sense for a model: every value is written before it is read and read before it is written
+/// again, every width fits its weights,
+/// quantised weights read quantised values that are up to date, outputs alias only what they may, tables and caches have the
+/// sizes used, and no weight is there for nothing.
 ///
 /// # Errors
 /// [`Error::InvalidProgram`] with the first operation that does not; [`Error::Index`].
@@ -14,7 +18,9 @@ pub fn validate_program(program: &DecodeProgram, model: &ResolvedModel) -> Resul
         program,
         model,
         index: WeightIndex::new(&model.index, model.weights.len()).map_err(Error::Index)?,
-        written: vec![false; program.values.len()],
+        versions: vec![0; program.values.len()],
+        quantised_from: vec![None; program.values.len()],
+        unread: vec![Cell::new(false); program.values.len()],
         at: 0,
     };
     for at in 0..program.ops.len() {
@@ -29,7 +35,12 @@ struct Checker<'a> {
     program: &'a DecodeProgram,
     model: &'a ResolvedModel,
     index: WeightIndex,
-    written: Vec<bool>,
+    /// How often each value has been written.
+    versions: Vec<u64>,
+    /// For each quantised value, which version of which value it was made from.
+    quantised_from: Vec<Option<(ValueId, u64)>>,
+    /// Whether each value's last version still waits for its first reader.
+    unread: Vec<Cell<bool>>,
     at: usize,
 }
 
@@ -53,8 +64,19 @@ impl<'a> Checker<'a> {
         let Some(value) = self.program.value(id) else {
             return self.fail(format!("there is no value {}", id.0));
         };
-        if !self.written.get(id.0 as usize).copied().unwrap_or(false) {
+        if self.version(id) == 0 {
             return self.fail(format!("`{}` is read before it is written", value.name));
+        }
+        if let Some((source, version)) = self.quantised_from.get(id.0 as usize).copied().flatten()
+            && self.version(source) != version
+        {
+            return self.fail(format!(
+                "`{}` is read after what it was made from has changed",
+                value.name
+            ));
+        }
+        if let Some(unread) = self.unread.get(id.0 as usize) {
+            unread.set(false);
         }
         Ok((value.kind, value.width.into()))
     }
@@ -78,10 +100,25 @@ impl<'a> Checker<'a> {
         if inputs.contains(&id) {
             return self.fail(format!("`{}` is written while it is read", value.name));
         }
-        if let Some(written) = self.written.get_mut(id.0 as usize) {
-            *written = true;
+        if self.unread.get(id.0 as usize).is_some_and(Cell::get) {
+            return self.fail(format!("`{}` is written again before it is read", value.name));
         }
-        Ok(value.width.into())
+        let width = value.width.into();
+        self.changed(id);
+        Ok(width)
+    }
+
+    fn version(&self, id: ValueId) -> u64 {
+        self.versions.get(id.0 as usize).copied().unwrap_or(0)
+    }
+
+    fn changed(&mut self, id: ValueId) {
+        if let Some(version) = self.versions.get_mut(id.0 as usize) {
+            *version += 1;
+        }
+        if let Some(unread) = self.unread.get(id.0 as usize) {
+            unread.set(true);
+        }
     }
 
     fn write_f32(&mut self, id: ValueId, width: u64, inputs: &[ValueId]) -> Result<()> {
@@ -206,6 +243,10 @@ impl<'a> Checker<'a> {
                     ));
                 }
                 let found = self.write(out, ValueKind::Quantized { vectors }, &[input])?;
+                let from = (input, self.version(input));
+                if let Some(slot) = self.quantised_from.get_mut(out.0 as usize) {
+                    *slot = Some(from);
+                }
                 self.same("the output's width", width, found)
             }
             OpKind::MatMul {
@@ -237,6 +278,7 @@ impl<'a> Checker<'a> {
                 if n_rot > head_dim {
                     return self.fail("it turns more than a head");
                 }
+                self.changed(value);
                 Ok(())
             }
             OpKind::StoreKv { key, value } => {
@@ -358,6 +400,14 @@ impl<'a> Checker<'a> {
         let program = self.program;
         let logits = self.read_f32(program.logits)?;
         self.same("the width of the logits", program.vocab.into(), logits)?;
+        if let Some((value, _)) = program
+            .values
+            .iter()
+            .zip(&self.unread)
+            .find(|(_, unread)| unread.get())
+        {
+            return self.fail(format!("`{}` is written and never read", value.name));
+        }
         self.same(
             "the number of caches",
             self.model.layers.into(),
