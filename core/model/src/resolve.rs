@@ -96,16 +96,23 @@ pub fn resolve(manifest: &Manifest) -> Result<ResolvedModel> {
         ..
     } = resolver;
     let mut redundant: Vec<String> = claims.redundant;
+    let known: BTreeSet<&str> = redundant
+        .iter()
+        .chain(&host_tensors)
+        .map(String::as_str)
+        .collect();
+    let left: Vec<&TensorInfo> = manifest
+        .tensors
+        .iter()
+        .filter(|t| !used.contains(t.name.as_str()) && !known.contains(t.name.as_str()))
+        .collect();
     let mut unclaimed = Vec::new();
-    for tensor in &manifest.tensors {
-        if used.contains(tensor.name.as_str()) || host_tensors.contains(&tensor.name) {
-            continue;
-        }
+    for tensor in left {
         let is_tied_output = names::parse(architecture, &tensor.name)
             .is_some_and(|m| m.layer.is_none() && m.part == Part::One(Role::Output));
         if is_tied_output && hyper.tied_output == Some(true) {
             redundant.push(tensor.name.clone());
-        } else if !redundant.contains(&tensor.name) {
+        } else {
             unclaimed.push(tensor.name.clone());
         }
     }

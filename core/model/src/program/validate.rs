@@ -1,8 +1,7 @@
 use std::cell::Cell;
+use std::collections::HashSet;
 
-use hoist_backend::{
-    DecodeProgram, OpKind, Role, Shape, TableId, ValueId, ValueKind, WeightIndex, WeightRef,
-};
+use hoist_backend::{DecodeProgram, OpKind, Shape, TableId, ValueId, ValueKind, WeightIndex, WeightRef};
 
 use crate::{Error, ResolvedModel, ResolvedWeight, Result};
 
@@ -416,17 +415,20 @@ impl<'a> Checker<'a> {
         let stores = |op: &hoist_backend::Op| matches!(op.kind, OpKind::StoreKv { .. });
         let tail = program.ops.iter().rposition(stores).map_or(0, |at| at + 1);
         self.same("the start of the tail", tail as u64, program.tail as u64)?;
-        for layer in 0..self.model.layers {
-            let stored = program
-                .ops
-                .iter()
-                .filter(|op| op.layer == Some(layer) && stores(op))
-                .count();
-            self.same(
-                &format!("the number of stores of layer {layer}"),
-                1,
-                stored as u64,
-            )?;
+        let mut stores_of = vec![0u64; program.kv.len()];
+        let mut read = HashSet::new();
+        for op in &program.ops {
+            if let Some(count) = op
+                .layer
+                .and_then(|l| stores_of.get_mut(l as usize))
+                .filter(|_| stores(op))
+            {
+                *count += 1;
+            }
+            read.extend(weights_of(&op.kind).into_iter().flatten());
+        }
+        for (layer, count) in stores_of.into_iter().enumerate() {
+            self.same(&format!("the number of stores of layer {layer}"), 1, count)?;
         }
         // A present weight that no operation reads would be resident for nothing.
         for entry in self
@@ -436,11 +438,11 @@ impl<'a> Checker<'a> {
             .iter()
             .filter(|e| e.slot.weight().is_some())
         {
-            if !program
-                .ops
-                .iter()
-                .any(|op| reads(&op.kind, entry.layer, entry.role))
-            {
+            let weight = WeightRef {
+                layer: entry.layer,
+                role: entry.role,
+            };
+            if !read.contains(&weight) {
                 return self.fail(format!("{} of layer {:?} is never read", entry.role, entry.layer));
             }
         }
@@ -448,18 +450,15 @@ impl<'a> Checker<'a> {
     }
 }
 
-/// Whether an operation reads that weight.
-fn reads(op: &OpKind, layer: Option<u32>, role: Role) -> bool {
-    let is = |w: &WeightRef| (w.layer, w.role) == (layer, role);
-    match op {
+/// The weights that an operation reads.
+fn weights_of(op: &OpKind) -> [Option<WeightRef>; 2] {
+    match *op {
         OpKind::Embed { weight, .. }
         | OpKind::EmbedPosition { weight, .. }
         | OpKind::RmsNorm { weight, .. }
-        | OpKind::ExpertMatMul { weight, .. } => is(weight),
-        OpKind::LayerNorm { weight, bias, .. } => is(weight) || is(bias),
-        OpKind::MatMul { weight, bias, .. } | OpKind::Logits { weight, bias, .. } => {
-            is(weight) || bias.as_ref().is_some_and(is)
-        }
-        _ => false,
+        | OpKind::ExpertMatMul { weight, .. } => [Some(weight), None],
+        OpKind::LayerNorm { weight, bias, .. } => [Some(weight), Some(bias)],
+        OpKind::MatMul { weight, bias, .. } | OpKind::Logits { weight, bias, .. } => [Some(weight), bias],
+        _ => [None, None],
     }
 }
