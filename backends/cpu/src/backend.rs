@@ -1,14 +1,18 @@
 use hoist_backend::{
-    BackendInfo, Chunk, DeviceMemory, EncodingSet, Error, FloatLayout, IndexLayout, IndexReceipt, Lifecycle,
-    Limits, LoadPlan, LoadReceipt, LoadWatch, MemoryByClass, MemoryInfo, NumericsClass, OpSet, OpenOptions,
-    Result, Role, Sizing, Slot, State, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource,
-    WorkspaceBytes, WorkspaceDims,
+    BackendInfo, Chunk, DecodeBackend, DecodeProgram, DeviceMemory, EncodingSet, Error, FloatLayout,
+    IndexLayout, IndexReceipt, Lifecycle, Limits, LoadPlan, LoadReceipt, LoadWatch, MemoryByClass,
+    MemoryInfo, NumericsClass, OpSet, OpenOptions, Outputs, Result, Role, SequenceId, Sizing, Slot, State,
+    TokenBatch, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource, WorkspaceBytes,
+    WorkspaceDims,
 };
 
+use crate::decode::{self, Instructions};
 use crate::memory::{ALIGNMENT, SystemMemory};
+use crate::program::{self, Compiled};
 use crate::provider::{device_name, parallelism};
 use crate::residency::Residency;
-use crate::{finite, load, side};
+use crate::workspace::Workspace;
+use crate::{finite, kernels, load};
 
 /// Bytes that a digest reads at a time where private layouts have to be undone.
 const DIGEST_BYTES: usize = 256 << 10;
@@ -29,6 +33,10 @@ pub struct CpuBackend {
     copies_admitted: bool,
     index: Option<WeightIndex>,
     index_bytes: u64,
+    on: Instructions,
+    workspace: Option<Workspace>,
+    workspace_bytes: WorkspaceBytes,
+    program: Option<Compiled>,
 }
 
 impl CpuBackend {
@@ -55,8 +63,8 @@ impl CpuBackend {
                 limits: Limits::default(),
                 sizing: Sizing {
                     weight_alignment: ALIGNMENT as u64,
-                    quantized_row_bytes: side::ROW,
-                    quantized_segment_bytes: side::SEGMENT,
+                    quantized_row_bytes: kernels::SIDE_ROW_BYTES as u64,
+                    quantized_segment_bytes: kernels::SIDE_SEGMENT_BYTES as u64,
                     index_entry_bytes: size_of::<Option<Slot>>() as u64,
                 },
                 memory: MemoryInfo { devices: Vec::new() },
@@ -69,6 +77,10 @@ impl CpuBackend {
             copies_admitted: false,
             index: None,
             index_bytes: 0,
+            on: Instructions::choose(options.force_scalar),
+            workspace: None,
+            workspace_bytes: WorkspaceBytes::default(),
+            program: None,
         };
         backend.info.memory = backend.memory()?;
         Ok(backend)
@@ -94,6 +106,8 @@ impl CpuBackend {
             .as_ref()
             .map_or_else(Default::default, Residency::memory);
         owned.index = self.index_bytes;
+        owned.kv = self.workspace_bytes.kv;
+        owned.workspace = self.workspace_bytes.workspace;
         (owned, mapped)
     }
 
@@ -146,6 +160,9 @@ impl CpuBackend {
     }
 
     fn clear(&mut self) {
+        self.program = None;
+        self.workspace = None;
+        self.workspace_bytes = WorkspaceBytes::default();
         self.index = None;
         self.index_bytes = 0;
         self.residency = None;
@@ -226,16 +243,19 @@ impl WeightBackend for CpuBackend {
 
     fn finish_load(&mut self) -> Result<LoadReceipt> {
         self.lifecycle.expect("finish_load", State::Loading)?;
-        let (Some(residency), Some(ledger)) = (&mut self.residency, &self.ledger) else {
+        let (Some(residency), Some(ledger)) = (&self.residency, &self.ledger) else {
             return Err(Error::internal(crate::NAME, "a load without a ledger"));
         };
         ledger.check_complete()?;
-        residency.complete(self.threads)?;
+        residency.complete()?;
         let (resident, mapped) = residency.memory();
         let imported = residency.weights.iter().filter(|w| w.is_mapped()).count();
         let weights = u32::try_from(residency.weights.len())
             .map_err(|_| Error::invalid("weights", "below 2^32", residency.weights.len()))?;
-        let mut notes = vec![("threads".to_string(), self.threads.to_string())];
+        let mut notes = vec![
+            ("threads".to_string(), self.threads.to_string()),
+            ("instructions".to_string(), self.on.isa.name().to_string()),
+        ];
         if self.options.import {
             notes.push(("mapped weights".into(), imported.to_string()));
             notes.push((
@@ -277,7 +297,7 @@ impl WeightBackend for CpuBackend {
     }
 
     fn digest(&mut self, weight: WeightId) -> Result<Option<[u8; 32]>> {
-        let threads = self.threads;
+        let (threads, isa) = (self.threads, self.on.isa);
         let residency = self.expect_resident("digest")?;
         let weight = residency.weight(weight)?;
         let mut hasher = blake3::Hasher::new();
@@ -291,7 +311,7 @@ impl WeightBackend for CpuBackend {
             let mut piece = vec![0; DIGEST_BYTES.min(weight.nbytes())];
             for at in (0..weight.nbytes()).step_by(DIGEST_BYTES) {
                 let piece = &mut piece[..DIGEST_BYTES.min(weight.nbytes() - at)];
-                residency.read_back(weight, at, piece)?;
+                residency.read_back(isa, weight, at, piece)?;
                 hasher.update(piece);
             }
         }
@@ -318,20 +338,92 @@ impl WeightBackend for CpuBackend {
                 format!("{offset}..{end}"),
             ));
         }
-        residency.read_back(weight, offset as usize, out)
+        residency.read_back(self.on.isa, weight, offset as usize, out)
+    }
+
+    fn workspace_bytes(&self, dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
+        Workspace::bytes(dims, self.threads)
     }
 
     fn init_workspace(&mut self, dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
         self.lifecycle.expect("init_workspace", State::Indexed)?;
         let bytes = self.workspace_bytes(dims)?;
-        Err(Error::Unsupported {
-            backend: crate::NAME.into(),
-            what: hoist_backend::UnsupportedWhat::Other(format!("a workspace of {} bytes", bytes.workspace)),
-        })
+        self.admit(
+            "keys, values and workspace",
+            self.owned().0.total(),
+            bytes.kv + bytes.workspace,
+        )?;
+        self.workspace = Some(Workspace::new(dims, self.threads)?);
+        self.workspace_bytes = bytes;
+        self.lifecycle.enter(State::Ready);
+        Ok(bytes)
+    }
+
+    fn as_decode(&mut self) -> Option<&mut dyn DecodeBackend> {
+        Some(self)
     }
 
     fn unload(&mut self) -> Result<()> {
         self.clear();
         Ok(())
+    }
+}
+
+impl DecodeBackend for CpuBackend {
+    fn prepare(&mut self, program: &DecodeProgram) -> Result<()> {
+        self.lifecycle.expect_ready("prepare")?;
+        let (Some(residency), Some(index), Some(workspace)) =
+            (&mut self.residency, &self.index, &mut self.workspace)
+        else {
+            return Err(Error::internal(
+                crate::NAME,
+                "a ready backend without a workspace",
+            ));
+        };
+        let compiled = program::compile(program, &workspace.dims, index, residency)?;
+        for weight in &compiled.multiplied {
+            residency.ready_to_multiply(*weight, self.on.isa, &mut workspace.pool)?;
+        }
+        workspace.lengths.fill(0);
+        self.program = Some(compiled);
+        self.lifecycle.enter(State::Prepared);
+        Ok(())
+    }
+
+    fn forward(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>) -> Result<()> {
+        self.lifecycle.expect("forward", State::Prepared)?;
+        let (Some(residency), Some(program), Some(workspace)) =
+            (&self.residency, &self.program, &mut self.workspace)
+        else {
+            return Err(Error::internal(
+                crate::NAME,
+                "a prepared backend without a program",
+            ));
+        };
+        decode::forward(self.on, residency, program, workspace, batch, out)
+    }
+
+    fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {
+        self.lifecycle.expect("truncate", State::Prepared)?;
+        let held = self.sequence_length(sequence)?;
+        if length > held {
+            return Err(Error::invalid(
+                format!("length to cut sequence {} to", sequence.0),
+                format!("at most {held}"),
+                length,
+            ));
+        }
+        if let Some(workspace) = &mut self.workspace {
+            workspace.lengths[sequence.0 as usize] = length;
+        }
+        Ok(())
+    }
+
+    fn sequence_length(&self, sequence: SequenceId) -> Result<u32> {
+        let lengths = self.workspace.as_ref().map_or(&[][..], |w| &w.lengths);
+        lengths
+            .get(sequence.0 as usize)
+            .copied()
+            .ok_or_else(|| Error::invalid("sequence", format!("below {}", lengths.len()), sequence.0))
     }
 }

@@ -4,14 +4,21 @@
 //! are interpreted over them. Linux on x86-64 is what is tested; other processors run the portable code.
 
 mod backend;
+mod cache;
+mod decode;
 mod finite;
+mod kernels;
 mod load;
 mod memory;
+mod ops;
+mod pool;
+mod program;
 mod provider;
 mod residency;
-mod side;
+mod simd;
 mod transpose;
 mod view;
+mod workspace;
 
 pub use backend::CpuBackend;
 pub use provider::CpuProvider;

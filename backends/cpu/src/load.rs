@@ -11,13 +11,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hoist_backend::{
-    Error, FloatLayout, LoadPlan, LoadWatch, Mapping, Phase, Progress, Result, ValueChange, WeightClass,
-    WeightId, WeightPlan, WeightSource,
+    Error, FloatLayout, LoadPlan, LoadWatch, Mapping, Phase, Progress, Result, ValueChange, WeightId,
+    WeightPlan, WeightSource,
 };
 
 use crate::finite;
 use crate::residency::{Place, Residency, Resident, is_aligned, split_ascending};
-use crate::{side, transpose};
+use crate::transpose;
 
 /// Bytes of a piece: small enough to be checked in the cache it was read into and for a cancel to be quick, large
 /// enough that a system call costs nothing.
@@ -34,18 +34,12 @@ struct Task<'a> {
 }
 
 enum Work<'a> {
-    /// Read into the arena. `side`: beside the whole rows that are read.
-    Copy {
-        bytes: &'a mut [u8],
-        side: Option<&'a mut [u8]>,
-    },
+    /// Read into the arena.
+    Copy { bytes: &'a mut [u8] },
     /// Read one float matrix and transpose it.
     Transpose { bytes: &'a mut [u8] },
     /// Check what is mapped.
-    Check {
-        bytes: &'a [u8],
-        side: Option<&'a mut [u8]>,
-    },
+    Check { bytes: &'a [u8] },
 }
 
 /// The run of an open file that holds a weight as it is needed.
@@ -140,29 +134,19 @@ pub(crate) fn import(residency: &mut Residency, plan: &LoadPlan, source: &dyn We
     Ok(())
 }
 
-/// A piece of a weight's canonical bytes, and the rows in it if they are whole.
-type Cut = (Range<usize>, Option<Range<usize>>);
-
-/// The pieces of a weight, in order, and the rows that lie in each if they are whole.
-fn pieces(weight: &Resident) -> Vec<Cut> {
+/// Pieces of a weight's canonical bytes, in order.
+fn pieces(weight: &Resident) -> impl Iterator<Item = Range<usize>> + use<> {
     let nbytes = weight.nbytes();
-    let row = weight.row_bytes();
-    let whole_rows = weight.class == WeightClass::Quantized
-        && weight.encoding.matrix_prefix_bytes() == 0
-        && row <= 4 * PIECE;
-    let granule = if whole_rows {
-        row
-    } else {
-        weight.encoding.block_bytes() as usize
+    let step = match weight.layout {
+        FloatLayout::InOut => weight.matrix_bytes(),
+        FloatLayout::OutIn => {
+            let granule = weight.encoding.block_bytes() as usize;
+            (PIECE / granule).max(1) * granule
+        }
     };
-    let step = (PIECE / granule).max(1) * granule;
     (0..nbytes)
         .step_by(step)
-        .map(|start| {
-            let end = (start + step).min(nbytes);
-            (start..end, whole_rows.then(|| start / row..end / row))
-        })
-        .collect()
+        .map(move |start| start..(start + step).min(nbytes))
 }
 
 /// Makes the tasks of a load; the arena's pieces go to them.
@@ -171,76 +155,34 @@ fn tasks<'a>(
     mapped: &'a [Option<Arc<dyn Mapping>>],
     arena: &'a mut [u8],
 ) -> Vec<Task<'a>> {
-    enum Part {
-        Bytes(usize),
-        Side(usize),
-    }
-    // What is written of each weight, by place in the arena.
-    let mut parts: Vec<(Range<usize>, Part)> = Vec::new();
-    let mut cuts: Vec<Vec<Cut>> = Vec::with_capacity(weights.len());
+    let mut tasks = Vec::new();
+    // Pieces in the order of the arena, and the weights they are of.
+    let mut owned: Vec<(Range<usize>, usize, usize)> = Vec::new();
     for (i, weight) in weights.iter().enumerate() {
-        let cut = if weight.layout == FloatLayout::InOut {
-            let matrix = weight.matrix_bytes();
-            (0..weight.nbytes())
-                .step_by(matrix)
-                .map(|at| (at..at + matrix, None))
-                .collect()
-        } else {
-            pieces(weight)
-        };
-        for (range, rows) in &cut {
-            if !weight.is_mapped() {
+        match (&weight.place, &mapped[i]) {
+            (Place::Mapped { range, .. }, Some(mapping)) => {
+                let run = &mapping.bytes()[range.clone()];
+                let checks = pieces(weight).map(|piece| Task {
+                    weight: i,
+                    at: piece.start,
+                    work: Work::Check { bytes: &run[piece] },
+                });
+                tasks.extend(checks);
+            }
+            _ => {
                 let start = weight.bytes.start;
-                parts.push((start + range.start..start + range.end, Part::Bytes(i)));
-            }
-            if let Some(rows) = rows {
-                let per_row = weight.side_row_bytes();
-                let start = weight.side.start;
-                parts.push((
-                    start + rows.start * per_row..start + rows.end * per_row,
-                    Part::Side(i),
-                ));
+                owned.extend(pieces(weight).map(|p| (start + p.start..start + p.end, i, p.start)));
             }
         }
-        cuts.push(cut);
     }
-    parts.sort_by_key(|(range, _)| range.start);
-    let ranges: Vec<_> = parts.iter().map(|(range, _)| range.clone()).collect();
-    let mut bytes: Vec<Vec<&mut [u8]>> = weights.iter().map(|_| Vec::new()).collect();
-    let mut sides: Vec<Vec<&mut [u8]>> = weights.iter().map(|_| Vec::new()).collect();
-    for (piece, (_, part)) in split_ascending(arena, &ranges).into_iter().zip(&parts) {
-        match part {
-            Part::Bytes(i) => bytes[*i].push(piece),
-            Part::Side(i) => sides[*i].push(piece),
-        }
-    }
-    let mut tasks = Vec::with_capacity(parts.len());
-    for (i, weight) in weights.iter().enumerate() {
-        let mut bytes = std::mem::take(&mut bytes[i]).into_iter();
-        let mut sides = std::mem::take(&mut sides[i]).into_iter();
-        for (range, rows) in &cuts[i] {
-            let side = rows.as_ref().and_then(|_| sides.next());
-            let work = match (&weight.place, bytes.next()) {
-                (Place::Mapped { range: run, .. }, _) => {
-                    let Some(mapping) = &mapped[i] else { continue };
-                    let run = &mapping.bytes()[run.clone()];
-                    Work::Check {
-                        bytes: &run[range.clone()],
-                        side,
-                    }
-                }
-                (Place::Arena, Some(bytes)) if weight.layout == FloatLayout::InOut => {
-                    Work::Transpose { bytes }
-                }
-                (Place::Arena, Some(bytes)) => Work::Copy { bytes, side },
-                (Place::Arena, None) => continue,
-            };
-            tasks.push(Task {
-                weight: i,
-                at: range.start,
-                work,
-            });
-        }
+    owned.sort_by_key(|(range, _, _)| range.start);
+    let ranges: Vec<_> = owned.iter().map(|(range, _, _)| range.clone()).collect();
+    for (bytes, (_, weight, at)) in split_ascending(arena, &ranges).into_iter().zip(owned) {
+        let work = match weights[weight].layout {
+            FloatLayout::OutIn => Work::Copy { bytes },
+            FloatLayout::InOut => Work::Transpose { bytes },
+        };
+        tasks.push(Task { weight, at, work });
     }
     tasks
 }
@@ -292,19 +234,13 @@ impl Shared<'_> {
         let plan = &self.plan.weights[task.weight];
         let weight = &self.weights[task.weight];
         match task.work {
-            Work::Copy { bytes, side } => {
+            Work::Copy { bytes } => {
                 self.read(plan, task.at, bytes)?;
                 finite::check(weight, task.at, bytes)?;
-                if let Some(side) = side {
-                    side::prepare(weight, bytes, side)?;
-                }
                 self.progress(plan.id, bytes.len())
             }
-            Work::Check { bytes, side } => {
+            Work::Check { bytes } => {
                 finite::check(weight, task.at, bytes)?;
-                if let Some(side) = side {
-                    side::prepare(weight, bytes, side)?;
-                }
                 self.progress(plan.id, bytes.len())
             }
             Work::Transpose { bytes } => {
@@ -379,10 +315,6 @@ pub(crate) fn run(
     });
     if let Some(error) = shared.error.into_inner().unwrap_or_else(|e| e.into_inner()) {
         return Err(error);
-    }
-    for weight in weights.iter_mut() {
-        let (_, rows) = pieces(weight).into_iter().next().unwrap_or((0..0, None));
-        weight.side_done = rows.is_some();
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Where each weight is: the layout of the arena, and the table of what lies in it.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use hoist_backend::{
@@ -9,8 +9,13 @@ use hoist_backend::{
     ValueChange, WeightClass, WeightId, WeightPlan,
 };
 
+use crate::kernels::{self, Isa};
 use crate::memory::{ALIGNMENT, Arena, align_up};
-use crate::{finite, side, transpose};
+use crate::pool::{Disjoint, Pool};
+use crate::{finite, transpose};
+
+/// Bytes that are rearranged at a time.
+const MULTIPLY_PIECE: usize = 256 << 10;
 
 /// Where a weight's bytes are.
 pub(crate) enum Place {
@@ -37,7 +42,7 @@ pub(crate) struct Resident {
     pub(crate) place: Place,
     /// Whether it may be served from a mapping: one run of the file, unchanged.
     pub(crate) importable: bool,
-    /// Whether `side` is filled in.
+    /// Whether `side` is filled in, and the kernels had their say.
     pub(crate) side_done: bool,
     /// Whether the matrix kernels have rearranged it.
     pub(crate) packed: bool,
@@ -65,7 +70,7 @@ impl Resident {
 
     pub(crate) fn side_row_bytes(&self) -> usize {
         if self.class == WeightClass::Quantized {
-            side::row_bytes(self.shape.cols)
+            kernels::side_row_bytes(self.shape.cols as usize)
         } else {
             0
         }
@@ -183,7 +188,9 @@ impl Residency {
                     .shape
                     .matrices
                     .checked_mul(weight.shape.rows)
-                    .and_then(|rows| rows.checked_mul(side::row_bytes(weight.shape.cols) as u64))
+                    .and_then(|rows| {
+                        rows.checked_mul(kernels::side_row_bytes(weight.shape.cols as usize) as u64)
+                    })
                     .ok_or_else(too_large)?
             } else {
                 0
@@ -313,45 +320,90 @@ impl Residency {
         Ok(())
     }
 
-    /// Checks and fills in what is known only once a whole weight has arrived.
-    pub(crate) fn complete(&mut self, threads: usize) -> Result<()> {
-        let arena = &self.arena;
-        let left: Vec<usize> = (0..self.weights.len())
-            .filter(|i| self.weights[*i].class == WeightClass::Quantized && !self.weights[*i].side_done)
-            .collect();
-        let next = AtomicUsize::new(0);
-        let weights = &self.weights;
-        let done = Mutex::new(Vec::with_capacity(left.len()));
-        let work = || {
-            while let Some(i) = left.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let weight = &weights[*i];
-                let bytes = match &weight.place {
-                    Place::Arena => &arena.bytes()[weight.bytes.clone()],
-                    Place::Mapped { mapping, range } => &mapping.bytes()[range.clone()],
-                };
-                let mut side = vec![0; weight.side.len()];
-                let result = finite::check_prefixes(weight, bytes)
-                    .and_then(|()| side::prepare_weight(weight, bytes, &mut side))
-                    .map(|()| side);
-                done.lock().unwrap_or_else(|e| e.into_inner()).push((*i, result));
-            }
+    /// Checks what is known only once a whole weight has arrived.
+    pub(crate) fn complete(&self) -> Result<()> {
+        self.weights
+            .iter()
+            .try_for_each(|w| finite::check_prefixes(w, self.bytes(w)))
+    }
+
+    /// What is kept beside a quantised matrix's rows; nothing meaningful until [`Residency::ready_to_multiply`].
+    pub(crate) fn side(&self, weight: &Resident) -> &[u8] {
+        &self.arena.bytes()[weight.side.clone()]
+    }
+
+    /// Fills in what the matrix kernels keep beside rows, and lets them rearrange what is owned.
+    pub(crate) fn ready_to_multiply(&mut self, weight: usize, isa: Isa, pool: &mut Pool) -> Result<()> {
+        let weights = &mut self.weights;
+        let Some(weight) = weights
+            .get_mut(weight)
+            .filter(|w| w.class == WeightClass::Quantized && !w.side_done)
+        else {
+            return Ok(());
         };
-        std::thread::scope(|scope| {
-            for _ in 1..threads.min(left.len()) {
-                let _ = std::thread::Builder::new()
-                    .name("hoist-load".into())
-                    .spawn_scoped(scope, work);
-            }
-            work();
-        });
-        let mut done = done.into_inner().unwrap_or_else(|e| e.into_inner());
-        done.sort_by_key(|(i, _)| *i);
-        for (i, side) in done {
-            let side = side?;
-            let weight = &mut self.weights[i];
-            self.arena.bytes_mut()[weight.side.clone()].copy_from_slice(&side);
-            weight.side_done = true;
+        let (bytes, side) = (weight.bytes.clone(), weight.side.clone());
+        let (cols, rows) = (weight.shape.cols as usize, weight.shape.rows as usize);
+        let (row, beside) = (weight.row_bytes(), weight.side_row_bytes());
+        let prefix = weight.encoding.matrix_prefix_bytes() as usize;
+        let mapping = match &weight.place {
+            Place::Mapped { mapping, range } => Some((mapping.clone(), range.clone())),
+            Place::Arena => None,
+        };
+        let mapped = mapping
+            .as_ref()
+            .map(|(mapping, range)| &mapping.bytes()[range.clone()]);
+        let mut ranges = [bytes, side];
+        ranges.sort_by_key(|r| r.start);
+        let bytes_first = ranges[0] == weight.bytes;
+        let mut parts = split_ascending(self.arena.bytes_mut(), &ranges).into_iter();
+        let (Some(first), Some(second)) = (parts.next(), parts.next()) else {
+            return Ok(());
+        };
+        let (bytes, side) = if bytes_first {
+            (first, second)
+        } else {
+            (second, first)
+        };
+        let (owned, side) = (Disjoint::new(bytes), Disjoint::new(side));
+        let failure = Mutex::new(None);
+        let packed = AtomicBool::new(false);
+        for matrix in 0..weight.shape.matrices as usize {
+            let matrix_at = matrix * weight.matrix_bytes() + prefix;
+            let grain = (MULTIPLY_PIECE / row.max(1)).max(1).next_multiple_of(isa.group());
+            pool.split(rows, grain, &|_, range| {
+                let at = matrix_at + range.start * row;
+                let len = range.len() * row;
+                // SAFETY: ranges of rows are disjoint.
+                let side = unsafe { side.part((matrix * rows + range.start) * beside, range.len() * beside) };
+                let result = match mapped {
+                    Some(mapped) => kernels::prepare_side(weight.encoding, cols, &mapped[at..at + len], side),
+                    None => {
+                        // SAFETY: as above.
+                        let bytes = unsafe { owned.part(at, len) };
+                        kernels::prepare_side(weight.encoding, cols, bytes, side).map(|()| {
+                            if kernels::pack(isa, weight.encoding, cols, bytes, side) {
+                                packed.store(true, Ordering::Relaxed);
+                            }
+                        })
+                    }
+                };
+                if let Err(error) = result {
+                    failure
+                        .lock()
+                        .unwrap_or_else(|e| e.into_inner())
+                        .get_or_insert(error);
+                }
+            });
         }
+        // Nothing that was checked when it arrived can fail here.
+        if let Some(error) = failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
+            return Err(Error::internal(
+                crate::NAME,
+                format!("`{}`: {error}", weight.name),
+            ));
+        }
+        weight.side_done = true;
+        weight.packed = packed.into_inner();
         Ok(())
     }
 
@@ -361,7 +413,7 @@ impl Residency {
     }
 
     /// Copies canonical bytes; the range is within the weight and splits no block.
-    pub(crate) fn read_back(&self, weight: &Resident, at: usize, out: &mut [u8]) -> Result<()> {
+    pub(crate) fn read_back(&self, isa: Isa, weight: &Resident, at: usize, out: &mut [u8]) -> Result<()> {
         if let Some(bytes) = self.canonical(weight) {
             out.copy_from_slice(&bytes[at..at + out.len()]);
             return Ok(());
@@ -369,6 +421,12 @@ impl Residency {
         let stored = self.bytes(weight);
         for (matrix, range, part) in by_matrix(weight, at, out.len()) {
             let stored = &stored[matrix * weight.matrix_bytes()..(matrix + 1) * weight.matrix_bytes()];
+            if weight.packed {
+                // No encoding with a prefix is packed.
+                let cols = weight.shape.cols as usize;
+                kernels::unpack(isa, weight.encoding, cols, stored, range, &mut out[part]);
+                continue;
+            }
             transpose::gather(weight, range.start, &mut out[part], stored);
         }
         Ok(())

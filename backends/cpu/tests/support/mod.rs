@@ -46,15 +46,29 @@ pub(crate) fn random_bytes(random: &mut Random, encoding: Encoding, shape: Shape
             .collect(),
         _ => {
             let mut bytes: Vec<u8> = (0..n).map(|_| random.next() as u8).collect();
-            let scale = half::f16::from_f32(0.004 + 0.002 * random.unit()).to_le_bytes();
+            // Weights of about 0.1, whatever the sub-scales do.
+            let reach = match encoding {
+                Encoding::Q4_K | Encoding::Q5_K | Encoding::Q3_K => 400.0,
+                Encoding::Q6_K => 2000.0,
+                Encoding::Q8_0 => 100.0,
+                _ => 10.0,
+            };
+            let d = (0.2 + 0.1 * random.unit()) / reach;
+            let scale = half::f16::from_f32(d).to_le_bytes();
+            // Centred.
+            let min = half::f16::from_f32(-7.5 * d).to_le_bytes();
             let block = encoding.block_bytes() as usize;
             for b in bytes.chunks_exact_mut(block) {
                 // Where each of these encodings has its f16 scales.
                 match encoding {
-                    Encoding::Q4_0 | Encoding::Q8_0 | Encoding::Q5_0 | Encoding::IQ4_NL => {
+                    Encoding::Q4_0 | Encoding::Q8_0 => {
                         b[..2].copy_from_slice(&scale);
                     }
-                    Encoding::Q4_1 | Encoding::Q5_1 | Encoding::Q4_K | Encoding::Q5_K => {
+                    Encoding::Q4_1 => {
+                        b[..2].copy_from_slice(&scale);
+                        b[2..4].copy_from_slice(&min);
+                    }
+                    Encoding::Q4_K | Encoding::Q5_K => {
                         b[..2].copy_from_slice(&scale);
                         b[2..4].copy_from_slice(&scale);
                     }
