@@ -106,8 +106,8 @@ pub struct Tokenizer {
 
 #[derive(Debug)]
 enum Engine {
-    BytePairs(BytePairs, SpecialTokens),
-    SentencePiece(SentencePiece, SpecialTokens),
+    BytePairs(Box<BytePairs>, SpecialTokens),
+    SentencePiece(Box<SentencePiece>, SpecialTokens),
     HuggingFace(Box<HuggingFace>),
 }
 
@@ -202,7 +202,7 @@ impl Tokenizer {
                 let merges = metadata::strings(map, MERGES)?.ok_or(Error::MissingKey { key: MERGES })?;
                 let pairs = BytePairs::new(tokens, merges, scheme)?;
                 (
-                    Engine::BytePairs(pairs, special),
+                    Engine::BytePairs(Box::new(pairs), special),
                     Spelling::ByteLevel,
                     scheme.add_bos,
                     false,
@@ -212,13 +212,13 @@ impl Tokenizer {
                 const SCORES: &str = "tokenizer.ggml.scores";
                 let scores = metadata::floats(map, SCORES)?.ok_or(Error::MissingKey { key: SCORES })?;
                 check_length(SCORES, tokens.len(), scores.len())?;
-                // Where the metadata names none, SentencePiece's own numbers hold.
+                // Where the metadata names none, the texts that SentencePiece gives them do.
                 ids.unknown = ids.unknown.or_else(|| by_text(&"<unk>"));
                 ids.bos = ids.bos.or_else(|| by_text(&"<s>"));
                 ids.eos = ids.eos.or_else(|| by_text(&"</s>"));
                 let model = SentencePiece::new(tokens, scores, ids.unknown)?;
                 (
-                    Engine::SentencePiece(model, special),
+                    Engine::SentencePiece(Box::new(model), special),
                     Spelling::SentencePiece,
                     true,
                     metadata::flag(map, "tokenizer.ggml.add_space_prefix")?.unwrap_or(true),

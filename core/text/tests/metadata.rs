@@ -1,4 +1,9 @@
 //! Tokenizers from small vocabularies made here: hostile metadata, round trips, and folders with a `tokenizer.json`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 use std::collections::BTreeMap;
 
@@ -262,6 +267,14 @@ fn bytes_without_a_token_are_an_error_and_not_lost() {
         t.encode("aqc", PLAIN),
         Err(Error::NoTokenForByte { byte: b'q' })
     ));
+}
+
+#[test]
+fn tokenizers_templates_and_samplers_cross_threads() {
+    fn crosses<T: Send + Sync>() {}
+    crosses::<Tokenizer>();
+    crosses::<hoist_text::ChatTemplate>();
+    crosses::<hoist_text::Sampler>();
 }
 
 #[test]

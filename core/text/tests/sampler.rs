@@ -1,4 +1,9 @@
 //! Sampling: what is chosen, how often, and that it is the same each time.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 use hoist_text::{Error, Sampler, SamplerOptions, arg_max};
 
