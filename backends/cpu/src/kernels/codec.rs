@@ -422,23 +422,23 @@ impl<const FIFTHS: bool> Codec for SuperNibbles<FIFTHS> {
 pub(super) struct SixBits;
 
 impl SixBits {
-    /// Low nibbles, high bit pairs, sub-scales and `d`.
+    /// Nibbles and bit pairs, sub-scales and `d`.
     #[inline(always)]
-    fn split<L: Lanes>(unit: &[u8]) -> [&[u8]; 4] {
+    fn split<L: Lanes>(unit: &[u8]) -> [&[u8]; 3] {
         let r = L::ROWS;
-        let (low, rest) = unit.split_at(128 * r);
-        let (high, rest) = rest.split_at(64 * r);
+        let (codes, rest) = unit.split_at(192 * r);
         let (subs, d) = rest.split_at(16 * r);
-        [low, high, subs, &d[..2 * r]]
+        [codes, subs, &d[..2 * r]]
     }
 
     /// Weights `4g …` of the four blocks of half `h` of a super-block.
     #[inline(always)]
-    fn weights<L: Lanes>(l: L, low: &[u8], high: &[u8], h: usize, g: usize) -> [L::V; 4] {
+    fn weights<L: Lanes>(l: L, codes: &[u8], h: usize, g: usize) -> [L::V; 4] {
         let n = 4 * L::ROWS;
-        let (a_low, a_high) = nibbles(l, l.load(&low[n * (16 * h + g)..][..n]));
-        let (b_low, b_high) = nibbles(l, l.load(&low[n * (16 * h + 8 + g)..][..n]));
-        let bits = l.load(&high[n * (8 * h + g)..][..n]);
+        let words = &codes[3 * n * (8 * h + g)..][..3 * n];
+        let (a_low, a_high) = nibbles(l, l.load(&words[..n]));
+        let (b_low, b_high) = nibbles(l, l.load(&words[n..2 * n]));
+        let bits = l.load(&words[2 * n..]);
         let mask = l.splat(0x3030_3030);
         [
             l.or(a_low, l.and(l.shl::<4>(bits), mask)),
@@ -475,14 +475,14 @@ impl SixBits {
 
     /// Sum of the dots of half `h`, times their sub-scales, added to `sum`.
     #[inline(always)]
-    fn four_blocks<L: Lanes>(l: L, fields: &[&[u8]; 4], x: &Segment, h: usize, sum: L::V) -> L::V {
-        let [low, high, subs, _] = *fields;
+    fn four_blocks<L: Lanes>(l: L, fields: &[&[u8]; 3], x: &Segment, h: usize, sum: L::V) -> L::V {
+        let [codes, subs, _] = *fields;
         let q: &[u32; 32] = &x.q.as_chunks::<32>().0[h];
         let mut sum = sum;
         for half in 0..2 {
             let mut acc = [l.splat(0); 4];
             for g in 0..4 {
-                let w = Self::weights(l, low, high, h, 4 * half + g);
+                let w = Self::weights(l, codes, h, 4 * half + g);
                 for b in 0..4 {
                     acc[b] = l.dot(acc[b], w[b], q[8 * b + 4 * half + g]);
                 }
@@ -530,12 +530,12 @@ impl Codec for SixBits {
         for j in 0..BLOCKS {
             zeros = l.add(
                 zeros,
-                l.madd16(Self::pair(l, fields[2], j), l.splat(x.us_halves[j])),
+                l.madd16(Self::pair(l, fields[1], j), l.splat(x.us_halves[j])),
             );
         }
         let sum = l.sub(sum, l.shl::<5>(zeros));
         let m = l.madd16(
-            l.mul_floor(l.load_f16(fields[3]), powers.scale),
+            l.mul_floor(l.load_f16(fields[2]), powers.scale),
             l.splat(x.m as u32),
         );
         Product {
@@ -546,10 +546,10 @@ impl Codec for SixBits {
 
     #[inline(always)]
     fn fill<L: Lanes>(l: L, unit: &[u8], powers: Powers<L::F>, panel: &mut Panel) {
-        let [low, high, subs, d] = Self::split::<L>(unit);
+        let [codes, subs, d] = Self::split::<L>(unit);
         for h in 0..2 {
             for g in 0..8 {
-                for (b, w) in Self::weights(l, low, high, h, g).into_iter().enumerate() {
+                for (b, w) in Self::weights(l, codes, h, g).into_iter().enumerate() {
                     panel.set_weights(l, 32 * h + 8 * b + g, w);
                 }
             }

@@ -172,3 +172,26 @@ fn kernels() {
         println!("quantise 1536 elements, {}: {:.2} µs", isa.name(), seconds * 1e6);
     }
 }
+
+#[test]
+#[ignore = "temporary"]
+fn sizes() {
+    let isa = Isa::detect();
+    for encoding in [
+        Encoding::Q6_K,
+        Encoding::Q5_K,
+        Encoding::Q4_1,
+        Encoding::Q4_K,
+        Encoding::Q8_0,
+    ] {
+        for rows in [384, 4096, 39936] {
+            let b = Bench::new(isa, encoding, rows, 2048, true);
+            let t = b.time(isa, 1, Duration::from_millis(600));
+            println!(
+                "{encoding} {rows} {:.1} MB {:.1} GB/s",
+                b.bytes.len() as f64 / 1e6,
+                b.bytes.len() as f64 / t / 1e9
+            );
+        }
+    }
+}

@@ -7,7 +7,8 @@
 //! `n · (blocks · offset + b · len + i · width) + r · width + k`.
 //!
 //! The u32 of fifth bits of Q5_0 and Q5_1 is transposed as well: bit `i` goes to bit `i / 4` of byte `i % 4`, so that four
-//! consecutive weights find theirs at the same place in four bytes.
+//! consecutive weights find theirs at the same place in four bytes. Q6_K's words of nibbles and bit pairs are interleaved,
+//! because a processor foresees one stream and not three.
 
 use std::ops::Range;
 
@@ -25,8 +26,38 @@ struct Field {
     len: usize,
     /// Bytes of a word.
     width: usize,
-    /// Whether it is the u32 of fifth bits.
-    fifths: bool,
+    /// What becomes of its words.
+    order: Order,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// They stay as they are.
+    Kept,
+    /// The u32 of fifth bits, transposed.
+    Fifths,
+    /// Q6_K's codes, in the order in which they are needed.
+    Interleaved,
+}
+
+impl Order {
+    /// The word that stands at place `i`.
+    #[inline(always)]
+    fn word(self, i: usize) -> usize {
+        match self {
+            // Of each half of a super-block: 16 words of nibbles, of which words `g` and `8 + g` go with word `g` of 8 words of
+            // bit pairs, which come after all nibbles.
+            Order::Interleaved => {
+                let (h, g, part) = (i / 24, i / 3 % 8, i % 3);
+                if part < 2 {
+                    16 * h + 8 * part + g
+                } else {
+                    32 + 8 * h + g
+                }
+            }
+            _ => i,
+        }
+    }
 }
 
 const fn halves(offset: usize) -> Field {
@@ -34,7 +65,7 @@ const fn halves(offset: usize) -> Field {
         offset,
         len: 2,
         width: 2,
-        fifths: false,
+        order: Order::Kept,
     }
 }
 
@@ -43,7 +74,7 @@ const fn words(offset: usize, len: usize) -> Field {
         offset,
         len,
         width: 4,
-        fifths: false,
+        order: Order::Kept,
     }
 }
 
@@ -52,7 +83,16 @@ const fn fifths(offset: usize) -> Field {
         offset,
         len: 4,
         width: 4,
-        fifths: true,
+        order: Order::Fifths,
+    }
+}
+
+const fn interleaved(offset: usize, len: usize) -> Field {
+    Field {
+        offset,
+        len,
+        width: 4,
+        order: Order::Interleaved,
     }
 }
 
@@ -63,7 +103,7 @@ const Q5_1: &[Field] = &[halves(0), halves(2), fifths(4), words(8, 16)];
 const Q8_0: &[Field] = &[halves(0), words(2, 32)];
 const Q4_K: &[Field] = &[halves(0), halves(2), words(4, 140)];
 const Q5_K: &[Field] = &[halves(0), halves(2), words(4, 172)];
-const Q6_K: &[Field] = &[words(0, 208), halves(208)];
+const Q6_K: &[Field] = &[interleaved(0, 192), words(192, 16), halves(208)];
 
 /// Fields of an encoding's block; `None` for encodings that are not packed.
 fn fields(encoding: Encoding) -> Option<&'static [Field]> {
@@ -130,21 +170,22 @@ pub(super) fn pack_segment(
 }
 
 /// Puts one row's words of a field into their places.
+#[inline(always)]
 fn scatter(field: &Field, group: usize, r: usize, words: &[u8], out: &mut [u8]) {
     if field.width == 2 {
         out[2 * r..2 * r + 2].copy_from_slice(words);
         return;
     }
-    let out = out.as_chunks_mut::<4>().0;
-    for (word, out) in words
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .zip(out[r..].iter_mut().step_by(group))
+    let words = words.as_chunks::<4>().0;
+    for (i, out) in out.as_chunks_mut::<4>().0[r..]
+        .iter_mut()
+        .step_by(group)
+        .enumerate()
     {
-        *out = match field.fifths {
-            true => transpose_fifths(u32::from_le_bytes(*word)).to_le_bytes(),
-            false => *word,
+        let word = words[field.order.word(i)];
+        *out = match field.order {
+            Order::Fifths => transpose_fifths(u32::from_le_bytes(word)).to_le_bytes(),
+            _ => word,
         };
     }
 }
@@ -155,16 +196,11 @@ fn gather(field: &Field, group: usize, r: usize, packed: &[u8], words: &mut [u8]
         words.copy_from_slice(&packed[2 * r..2 * r + 2]);
         return;
     }
-    let packed = packed.as_chunks::<4>().0;
-    for (word, packed) in words
-        .as_chunks_mut::<4>()
-        .0
-        .iter_mut()
-        .zip(packed[r..].iter().step_by(group))
-    {
-        *word = match field.fifths {
-            true => restore_fifths(u32::from_le_bytes(*packed)).to_le_bytes(),
-            false => *packed,
+    let words = words.as_chunks_mut::<4>().0;
+    for (i, packed) in packed.as_chunks::<4>().0[r..].iter().step_by(group).enumerate() {
+        words[field.order.word(i)] = match field.order {
+            Order::Fifths => restore_fifths(u32::from_le_bytes(*packed)).to_le_bytes(),
+            _ => *packed,
         };
     }
 }
