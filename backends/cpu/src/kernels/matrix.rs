@@ -6,6 +6,8 @@ use std::ops::Range;
 use hoist_backend::Encoding;
 
 use super::activations::{Segment, segments};
+#[cfg(target_arch = "x86_64")]
+use super::multiply;
 use super::side::{SIDE_ROW_BYTES, row_bytes, side_row_bytes};
 use super::{Isa, Kind, NonFinite, scalar};
 
@@ -112,13 +114,13 @@ impl<'a> Results<'a> {
 #[derive(Debug)]
 pub(crate) struct Scratch {
     #[cfg(target_arch = "x86_64")]
-    buffers: Box<super::multiply::Buffers>,
+    buffers: Box<multiply::Buffers>,
 }
 
 impl Scratch {
     /// Bytes that [`Scratch::new`] allocates.
     #[cfg(target_arch = "x86_64")]
-    pub(crate) const BYTES: usize = size_of::<super::multiply::Buffers>();
+    pub(crate) const BYTES: usize = size_of::<multiply::Buffers>();
     /// Bytes that [`Scratch::new`] allocates.
     #[cfg(not(target_arch = "x86_64"))]
     pub(crate) const BYTES: usize = 0;
@@ -127,7 +129,7 @@ impl Scratch {
     pub(crate) fn new() -> Self {
         Self {
             #[cfg(target_arch = "x86_64")]
-            buffers: Box::new(super::multiply::Buffers::new()),
+            buffers: Box::new(multiply::Buffers::new()),
         }
     }
 }
@@ -164,9 +166,23 @@ pub(crate) fn matmul(
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2(lanes) => {
             let buffers = &mut scratch.buffers;
-            super::multiply::matmul(
+            multiply::matmul(
                 lanes,
-                super::multiply::Call {
+                multiply::Call {
+                    w,
+                    rows,
+                    x,
+                    out,
+                    buffers,
+                },
+            )
+        }
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512(lanes) => {
+            let buffers = &mut scratch.buffers;
+            multiply::matmul(
+                lanes,
+                multiply::Call {
                     w,
                     rows,
                     x,

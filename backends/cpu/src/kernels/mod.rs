@@ -30,6 +30,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx2_activations;
 #[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
 mod codec;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
@@ -67,6 +69,8 @@ enum Kind {
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2(avx2::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
 }
 
 impl Isa {
@@ -83,10 +87,9 @@ impl Isa {
     /// All that this machine has, the slowest first.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn available() -> impl Iterator<Item = Self> {
-        [Some(Kind::Scalar), avx2::Avx2::new().map(Kind::Avx2)]
-            .into_iter()
-            .flatten()
-            .map(Self)
+        let avx2 = avx2::Avx2::new().map(Kind::Avx2);
+        let avx512 = avx512::Avx512::new().map(Kind::Avx512);
+        [Some(Kind::Scalar), avx2, avx512].into_iter().flatten().map(Self)
     }
 
     /// All that this machine has, the slowest first.
@@ -101,6 +104,8 @@ impl Isa {
             Kind::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512(_) => "avx512",
         }
     }
 
@@ -111,6 +116,8 @@ impl Isa {
             Kind::Scalar => 1,
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(_) => <avx2::Avx2 as lanes::Lanes>::ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512(_) => <avx512::Avx512 as lanes::Lanes>::ROWS,
         }
     }
 }
