@@ -6,4 +6,5 @@
 #![forbid(unsafe_code)]
 
 pub mod golden;
+pub mod operands;
 pub mod oracle;
