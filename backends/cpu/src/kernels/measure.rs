@@ -165,33 +165,28 @@ fn kernels() {
             );
         }
     }
+    for encoding in Encoding::all().filter(|e| e.kind() == EncodingKind::Quantized && wanted(*e)) {
+        let bytes = matrix(encoding, 1024, 2048);
+        let mut side = vec![0; 1024 * side_row_bytes(2048)];
+        let beside = quickest(budget, || {
+            prepare_side(encoding, 2048, &bytes, &mut side).unwrap()
+        });
+        let mut packed = bytes.clone();
+        let packing = quickest(budget, || {
+            pack(Isa::detect(), encoding, 2048, &mut packed, &mut side);
+        });
+        let rate = |seconds: f64| bytes.len() as f64 / seconds / 1e9;
+        println!(
+            "{:8} prepare_side {:6.1} GB/s, pack {:6.1} GB/s",
+            encoding.name(),
+            rate(beside),
+            rate(packing)
+        );
+    }
     let x: Vec<f32> = (0..1536).map(|i| (i as f32 * 0.7).sin()).collect();
     let mut out = vec![bytemuck::Zeroable::zeroed(); segments(x.len())];
     for isa in Isa::available() {
         let seconds = quickest(budget, || quantise(isa, &x, &mut out).unwrap());
         println!("quantise 1536 elements, {}: {:.2} µs", isa.name(), seconds * 1e6);
-    }
-}
-
-#[test]
-#[ignore = "temporary"]
-fn sizes() {
-    let isa = Isa::detect();
-    for encoding in [
-        Encoding::Q6_K,
-        Encoding::Q5_K,
-        Encoding::Q4_1,
-        Encoding::Q4_K,
-        Encoding::Q8_0,
-    ] {
-        for rows in [384, 4096, 39936] {
-            let b = Bench::new(isa, encoding, rows, 2048, true);
-            let t = b.time(isa, 1, Duration::from_millis(600));
-            println!(
-                "{encoding} {rows} {:.1} MB {:.1} GB/s",
-                b.bytes.len() as f64 / 1e6,
-                b.bytes.len() as f64 / t / 1e9
-            );
-        }
     }
 }

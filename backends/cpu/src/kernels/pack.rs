@@ -40,22 +40,30 @@ enum Order {
     Interleaved,
 }
 
+/// The word that stands at each place of [`Order::Interleaved`]. Of each half of a super-block, words `g` and `8 + g` of 16
+/// words of nibbles go with word `g` of 8 words of bit pairs, which come after all nibbles.
+const INTERLEAVED: [u8; 48] = {
+    let mut order = [0; 48];
+    let mut i = 0;
+    while i < 48 {
+        let (h, g, part) = (i / 24, i / 3 % 8, i % 3);
+        order[i as usize] = if part < 2 {
+            16 * h + 8 * part + g
+        } else {
+            32 + 8 * h + g
+        };
+        i += 1;
+    }
+    order
+};
+
 impl Order {
     /// The word that stands at place `i`.
-    #[inline(always)]
     fn word(self, i: usize) -> usize {
-        match self {
-            // Of each half of a super-block: 16 words of nibbles, of which words `g` and `8 + g` go with word `g` of 8 words of
-            // bit pairs, which come after all nibbles.
-            Order::Interleaved => {
-                let (h, g, part) = (i / 24, i / 3 % 8, i % 3);
-                if part < 2 {
-                    16 * h + 8 * part + g
-                } else {
-                    32 + 8 * h + g
-                }
-            }
-            _ => i,
+        if self == Order::Interleaved {
+            INTERLEAVED[i].into()
+        } else {
+            i
         }
     }
 }
@@ -125,7 +133,14 @@ pub(super) const MAX_SEGMENT_BYTES: usize = 272;
 
 /// Bit `i` to bit `i / 4` of byte `i % 4`.
 fn transpose_fifths(word: u32) -> u32 {
-    (0..32).fold(0, |out, i| out | (word >> i & 1) << (8 * (i % 4) + i / 4))
+    // The eight bits that stand four apart, from bit `k` on, moved together.
+    let byte = |k: u32| {
+        let bits = word >> k & 0x1111_1111;
+        let bits = (bits | bits >> 3) & 0x0303_0303;
+        let bits = (bits | bits >> 6) & 0x000f_000f;
+        (bits | bits >> 12) & 0xff
+    };
+    byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24
 }
 
 /// The inverse of [`transpose_fifths`].
@@ -135,8 +150,6 @@ fn restore_fifths(word: u32) -> u32 {
 
 /// Packs one segment of up to `group` rows into `out`; rows that are missing are zeros. `rows` are whole rows of canonical
 /// bytes, and the segment is bytes `at` of each.
-///
-/// Returns whether the encoding is one that is packed.
 pub(super) fn pack_segment(
     encoding: Encoding,
     group: usize,
@@ -144,49 +157,79 @@ pub(super) fn pack_segment(
     row_bytes: usize,
     at: Range<usize>,
     out: &mut [u8],
-) -> bool {
-    let Some(fields) = fields(encoding) else {
-        return false;
-    };
+) {
+    match group {
+        8 => pack_rows::<8>(encoding, rows, row_bytes, at, out),
+        _ => pack_rows::<16>(encoding, rows, row_bytes, at, out),
+    }
+}
+
+fn pack_rows<const G: usize>(
+    encoding: Encoding,
+    rows: &[u8],
+    row_bytes: usize,
+    at: Range<usize>,
+    out: &mut [u8],
+) {
+    const MISSING: &[u8] = &[0; MAX_SEGMENT_BYTES];
     let block_bytes = encoding.block_bytes() as usize;
     let blocks = at.len() / block_bytes;
-    for field in fields {
-        let start = group * blocks * field.offset;
-        let out = &mut out[start..start + group * blocks * field.len];
-        for (b, out) in out.chunks_exact_mut(group * field.len).enumerate() {
-            let from = at.start + b * block_bytes + field.offset;
-            for r in 0..group {
-                let Some(row) = rows.get(r * row_bytes..(r + 1) * row_bytes) else {
-                    for word in out.chunks_exact_mut(group * field.width) {
-                        word[r * field.width..][..field.width].fill(0);
-                    }
-                    continue;
-                };
-                scatter(field, group, r, &row[from..from + field.len], out);
+    let mut segments = [MISSING; G];
+    for (row, segment) in rows.chunks_exact(row_bytes).zip(&mut segments) {
+        *segment = &row[at.clone()];
+    }
+    for field in fields(encoding).unwrap_or_default() {
+        let start = G * blocks * field.offset;
+        let out = &mut out[start..start + G * blocks * field.len];
+        for (b, out) in out.chunks_exact_mut(G * field.len).enumerate() {
+            let from = b * block_bytes + field.offset;
+            for (r, segment) in segments.iter().enumerate() {
+                let words = &segment[from..from + field.len];
+                match field.len {
+                    2 => out[2 * r..2 * r + 2].copy_from_slice(words),
+                    4 => scatter::<G, 1>(field.order, r, words, out),
+                    16 => scatter::<G, 4>(field.order, r, words, out),
+                    32 => scatter::<G, 8>(field.order, r, words, out),
+                    140 => scatter::<G, 35>(field.order, r, words, out),
+                    172 => scatter::<G, 43>(field.order, r, words, out),
+                    192 => scatter::<G, 48>(field.order, r, words, out),
+                    _ => debug_assert!(false, "a field of {} bytes", field.len),
+                }
             }
         }
     }
-    true
 }
 
-/// Puts one row's words of a field into their places.
+/// Puts one row's `N` words of a field into their places.
 #[inline(always)]
-fn scatter(field: &Field, group: usize, r: usize, words: &[u8], out: &mut [u8]) {
-    if field.width == 2 {
-        out[2 * r..2 * r + 2].copy_from_slice(words);
+fn scatter<const G: usize, const N: usize>(order: Order, r: usize, words: &[u8], out: &mut [u8]) {
+    let ([words], [out]) = (
+        words.as_chunks::<4>().0.as_chunks::<N>().0,
+        out.as_chunks_mut::<4>()
+            .0
+            .as_chunks_mut::<G>()
+            .0
+            .as_chunks_mut::<N>()
+            .0,
+    ) else {
         return;
-    }
-    let words = words.as_chunks::<4>().0;
-    for (i, out) in out.as_chunks_mut::<4>().0[r..]
-        .iter_mut()
-        .step_by(group)
-        .enumerate()
-    {
-        let word = words[field.order.word(i)];
-        *out = match field.order {
-            Order::Fifths => transpose_fifths(u32::from_le_bytes(word)).to_le_bytes(),
-            _ => word,
-        };
+    };
+    match order {
+        Order::Kept => {
+            for (word, out) in words.iter().zip(out) {
+                out[r] = *word;
+            }
+        }
+        Order::Fifths => {
+            for (word, out) in words.iter().zip(out) {
+                out[r] = transpose_fifths(u32::from_le_bytes(*word)).to_le_bytes();
+            }
+        }
+        Order::Interleaved => {
+            for (place, out) in INTERLEAVED.iter().zip(out) {
+                out[r] = words[usize::from(*place)];
+            }
+        }
     }
 }
 

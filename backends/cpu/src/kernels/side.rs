@@ -6,7 +6,7 @@
 use hoist_backend::Encoding;
 use hoist_quant::SegmentView;
 
-use super::activations::segments;
+use super::activations::{SEGMENT, segments};
 
 /// Bytes kept beside each row, for every quantised encoding.
 pub(crate) const SIDE_ROW_BYTES: usize = 2;
@@ -35,23 +35,86 @@ pub(crate) fn prepare_side(
     let row_bytes = row_bytes(encoding, cols);
     let beside = side_row_bytes(cols);
     assert_eq!(rows.len() / row_bytes, side.len() / beside);
-    let mut view = SegmentView::default();
     for (i, (row, side)) in rows
         .chunks_exact(row_bytes)
         .zip(side.chunks_exact_mut(beside))
         .enumerate()
     {
-        let at_row = |e| offset_by(e, (i * row_bytes) as u64);
-        let largest = hoist_quant::row_exponent(encoding, row).map_err(at_row)?;
-        let (first, rest) = side.split_at_mut(SIDE_ROW_BYTES);
-        first.copy_from_slice(&largest.to_le_bytes());
-        for (segment, out) in rest.chunks_exact_mut(SIDE_SEGMENT_BYTES).enumerate() {
-            hoist_quant::read_segment(encoding, row, segment, &mut view).map_err(at_row)?;
-            out[0] = below(largest, view.e);
-            out[1] = below(largest, view.e_min);
+        let described = match Scales::of(encoding) {
+            Some(scales) => scales.prepare(encoding, row, side),
+            None => false,
+        };
+        if !described {
+            prepare_row(encoding, row, side).map_err(|e| offset_by(e, (i * row_bytes) as u64))?;
         }
     }
     Ok(())
+}
+
+/// Any encoding, by its integers.
+fn prepare_row(encoding: Encoding, row: &[u8], side: &mut [u8]) -> Result<(), hoist_quant::Error> {
+    let mut view = SegmentView::default();
+    let largest = hoist_quant::row_exponent(encoding, row)?;
+    let (first, rest) = side.split_at_mut(SIDE_ROW_BYTES);
+    first.copy_from_slice(&largest.to_le_bytes());
+    for (segment, out) in rest.chunks_exact_mut(SIDE_SEGMENT_BYTES).enumerate() {
+        hoist_quant::read_segment(encoding, row, segment, &mut view)?;
+        out[0] = below(largest, view.e);
+        out[1] = below(largest, view.e_min);
+    }
+    Ok(())
+}
+
+/// Where an encoding's blocks have their f16 scales: the same exponents, read without the weights.
+struct Scales {
+    /// Offset of the scale in a block.
+    scale: usize,
+    /// Offset of the min, or of the scale again where there is none.
+    min: usize,
+}
+
+impl Scales {
+    fn of(encoding: Encoding) -> Option<Self> {
+        let (scale, min) = match encoding {
+            Encoding::Q4_0 | Encoding::Q5_0 | Encoding::Q8_0 | Encoding::IQ4_NL | Encoding::APR_Q4 => (0, 0),
+            Encoding::Q4_1 | Encoding::Q5_1 | Encoding::Q4_K | Encoding::Q5_K => (0, 2),
+            Encoding::Q2_K => (80, 82),
+            Encoding::Q3_K => (108, 108),
+            Encoding::Q6_K => (208, 208),
+            _ => return None,
+        };
+        Some(Self { scale, min })
+    }
+
+    /// Whether all scales are finite; if not, `side` is unspecified.
+    fn prepare(&self, encoding: Encoding, row: &[u8], side: &mut [u8]) -> bool {
+        let block = encoding.block_bytes() as usize;
+        let per_segment = SEGMENT / encoding.block_weights() as usize;
+        // Scales of single blocks are aligned to the segment's largest, with room for 8 bits below it.
+        let room = if per_segment > 1 { 8 } else { 0 };
+        let field = |bytes: &[u8], at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]) >> 10 & 31;
+        let (first, rest) = side.split_at_mut(SIDE_ROW_BYTES);
+        let (mut largest, mut invalid) = (1, false);
+        for (blocks, out) in row
+            .chunks(per_segment * block)
+            .zip(rest.chunks_exact_mut(SIDE_SEGMENT_BYTES))
+        {
+            // Subnormals have the exponent of the smallest normal numbers.
+            let (mut scale, mut min) = (1, 1);
+            for block in blocks.chunks_exact(block) {
+                scale = field(block, self.scale).max(scale);
+                min = field(block, self.min).max(min);
+            }
+            invalid |= scale == 31 || min == 31;
+            largest = largest.max(scale).max(min);
+            out.copy_from_slice(&[scale as u8, min as u8]);
+        }
+        for exponent in rest {
+            *exponent = largest as u8 - *exponent;
+        }
+        first.copy_from_slice(&(largest as i16 - 25 - room).to_le_bytes());
+        !invalid
+    }
 }
 
 /// `E_w − e`; a segment's exponents are at most their row's.

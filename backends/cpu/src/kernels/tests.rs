@@ -365,6 +365,49 @@ fn unpack_undoes_pack_for_any_range() {
 }
 
 #[test]
+fn what_is_kept_beside_rows_is_what_their_integers_say() {
+    let mut random = Random(8);
+    for encoding in quantised() {
+        for (cols, scales) in columns(encoding).flat_map(|c| [(c, Scales::Any), (c, Scales::Subnormal)]) {
+            let bytes = matrix(&mut random, encoding, 5, cols, scales, Codes::Any);
+            let mut side = vec![0; 5 * side_row_bytes(cols)];
+            prepare_side(encoding, cols, &bytes, &mut side).unwrap();
+            let rows = bytes.chunks_exact(row_bytes(encoding, cols));
+            for (row, side) in rows.zip(side.chunks_exact(side_row_bytes(cols))) {
+                let e_w = hoist_quant::row_exponent(encoding, row).unwrap();
+                assert_eq!(side[..2], e_w.to_le_bytes(), "{encoding} {cols}");
+                let mut view = hoist_quant::SegmentView::default();
+                for (segment, below) in side[2..].chunks_exact(2).enumerate() {
+                    hoist_quant::read_segment(encoding, row, segment, &mut view).unwrap();
+                    let expected = [e_w - view.e, e_w - view.e_min].map(|b| b as u8);
+                    assert_eq!(below, expected, "{encoding} {cols}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_scale_that_is_not_finite_is_refused_with_its_place() {
+    let mut random = Random(9);
+    for encoding in quantised() {
+        for at in f16_offsets(encoding) {
+            let cols = 512;
+            let mut bytes = matrix(&mut random, encoding, 3, cols, Scales::Alike, Codes::Any);
+            let mut side = vec![0; 3 * side_row_bytes(cols)];
+            assert!(prepare_side(encoding, cols, &bytes, &mut side).is_ok());
+            let at = row_bytes(encoding, cols) + encoding.block_bytes() as usize + at;
+            bytes[at..at + 2].copy_from_slice(&0xfc00u16.to_le_bytes());
+            let error = prepare_side(encoding, cols, &bytes, &mut side).unwrap_err();
+            assert!(
+                matches!(error, hoist_quant::Error::NonFinite { offset, .. } if offset == at as u64),
+                "{encoding}: {error}"
+            );
+        }
+    }
+}
+
+#[test]
 fn quantise_gives_the_same_bits_on_every_instruction_set() {
     let mut random = Random(5);
     for kind in ACTIVATIONS {
