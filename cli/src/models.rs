@@ -5,7 +5,6 @@ use hoist_core::formats::{self, Manifest};
 use hoist_core::orchestrator::OpenedModel;
 
 use crate::args::ModelArg;
-use crate::exit::Usage;
 
 /// Stands for the path of the model that is part of the program.
 pub(crate) const EMBEDDED: &str = "embedded:tiny-kjv";
@@ -14,7 +13,7 @@ pub(crate) const EMBEDDED: &str = "embedded:tiny-kjv";
 pub(crate) fn open(model: &ModelArg) -> Result<OpenedModel> {
     match &model.file {
         Some(path) => Ok(OpenedModel::open(path)?),
-        None => Ok(OpenedModel::from_bytes(EMBEDDED, embedded()?.into())?),
+        None => Ok(OpenedModel::from_bytes(EMBEDDED, EMBEDDED_MODEL.into())?),
     }
 }
 
@@ -22,13 +21,9 @@ pub(crate) fn open(model: &ModelArg) -> Result<OpenedModel> {
 pub(crate) fn manifest(model: &ModelArg) -> Result<Manifest> {
     match &model.file {
         Some(path) => Ok(formats::open(path)?),
-        None => Ok(formats::open_bytes(EMBEDDED, embedded()?.into())?),
+        None => Ok(formats::open_bytes(EMBEDDED, EMBEDDED_MODEL.into())?),
     }
 }
 
-fn embedded() -> Result<&'static [u8]> {
-    EMBEDDED_MODEL.ok_or_else(|| Usage("this program has no model of its own; give a FILE".into()).into())
-}
-
-/// A small llama trained on the King James Bible; see `assets/README.md` for its source and licence.
-const EMBEDDED_MODEL: Option<&[u8]> = None;
+/// A small llama trained on the King James Bible; `assets/README.md` states source, licence and loss.
+const EMBEDDED_MODEL: &[u8] = include_bytes!("../assets/tiny-kjv.gguf");
