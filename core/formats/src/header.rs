@@ -46,12 +46,15 @@ impl Budget {
     }
 }
 
-/// What a `String` of that length costs: its three words and a heap block of 16-byte granules.
+/// What a `String` of that length costs: its three words and a heap block, of 32 bytes at least and 16-byte granules.
 pub(crate) fn string_cost(len: u64) -> u64 {
     24 + if len == 0 {
         0
     } else {
-        (len + 8).next_multiple_of(16)
+        len.saturating_add(8)
+            .checked_next_multiple_of(16)
+            .unwrap_or(len)
+            .max(32)
     }
 }
 

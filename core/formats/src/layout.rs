@@ -67,10 +67,7 @@ pub(crate) fn check_extents(
     gaps: Gaps,
     tensors: &[TensorInfo],
 ) -> Result<()> {
-    let mut order: Vec<&TensorInfo> = tensors.iter().collect();
-    order.sort_by_key(|t| t.offset);
-    let mut last: Option<(&TensorInfo, u64)> = None;
-    for tensor in order {
+    for tensor in tensors {
         let padded_end = tensor
             .offset
             .checked_add(tensor.nbytes)
@@ -85,6 +82,11 @@ pub(crate) fn check_extents(
                 file_len,
             });
         }
+    }
+    let mut order: Vec<&TensorInfo> = tensors.iter().collect();
+    order.sort_by_key(|t| t.offset);
+    let mut last: Option<(&TensorInfo, u64)> = None;
+    for tensor in order {
         if let Some((before, end)) = last
             && tensor.offset < end
         {
