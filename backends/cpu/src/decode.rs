@@ -196,27 +196,44 @@ fn float_columns<E: Element>(
     }
 }
 
-/// Rows of matrix `matrix` of a float weight × vectors, whatever its encoding and layout.
-fn float_product(
-    level: Level,
-    residency: &Residency,
-    weight: &Resident,
-    matrix: usize,
-    rows: Range<usize>,
-    x: &[f32],
-    out: &Disjoint<'_, f32>,
-    to: Target,
-) {
-    let n = weight.matrix_bytes();
-    let bytes = &residency.bytes(weight)[matrix * n..(matrix + 1) * n];
-    let shape = (weight.shape.rows as usize, weight.shape.cols as usize);
-    match (weight.layout, weight.encoding) {
-        (FloatLayout::OutIn, Encoding::F16) => float_rows::<f16>(level, bytes, shape.1, rows, x, out, to),
-        (FloatLayout::OutIn, Encoding::BF16) => float_rows::<bf16>(level, bytes, shape.1, rows, x, out, to),
-        (FloatLayout::OutIn, _) => float_rows::<f32>(level, bytes, shape.1, rows, x, out, to),
-        (FloatLayout::InOut, Encoding::F16) => float_columns::<f16>(level, bytes, shape, rows, x, out, to),
-        (FloatLayout::InOut, Encoding::BF16) => float_columns::<bf16>(level, bytes, shape, rows, x, out, to),
-        (FloatLayout::InOut, _) => float_columns::<f32>(level, bytes, shape, rows, x, out, to),
+/// One matrix of a float weight.
+#[derive(Clone, Copy)]
+struct FloatMatrix<'a> {
+    bytes: &'a [u8],
+    encoding: Encoding,
+    layout: FloatLayout,
+    /// Rows and columns.
+    shape: (usize, usize),
+}
+
+impl<'a> FloatMatrix<'a> {
+    fn of(residency: &'a Residency, weight: &'a Resident, matrix: usize) -> Self {
+        let n = weight.matrix_bytes();
+        Self {
+            bytes: &residency.bytes(weight)[matrix * n..(matrix + 1) * n],
+            encoding: weight.encoding,
+            layout: weight.layout,
+            shape: (weight.shape.rows as usize, weight.shape.cols as usize),
+        }
+    }
+
+    /// Multiplies `rows` of it with vectors.
+    fn product(self, level: Level, rows: Range<usize>, x: &[f32], out: &Disjoint<'_, f32>, to: Target) {
+        let Self { bytes, shape, .. } = self;
+        match (self.layout, self.encoding) {
+            (FloatLayout::OutIn, Encoding::F16) => float_rows::<f16>(level, bytes, shape.1, rows, x, out, to),
+            (FloatLayout::OutIn, Encoding::BF16) => {
+                float_rows::<bf16>(level, bytes, shape.1, rows, x, out, to)
+            }
+            (FloatLayout::OutIn, _) => float_rows::<f32>(level, bytes, shape.1, rows, x, out, to),
+            (FloatLayout::InOut, Encoding::F16) => {
+                float_columns::<f16>(level, bytes, shape, rows, x, out, to)
+            }
+            (FloatLayout::InOut, Encoding::BF16) => {
+                float_columns::<bf16>(level, bytes, shape, rows, x, out, to)
+            }
+            (FloatLayout::InOut, _) => float_columns::<f32>(level, bytes, shape, rows, x, out, to),
+        }
     }
 }
 
@@ -279,7 +296,7 @@ impl Machine<'_> {
                         bias,
                         eps,
                         out,
-                    })
+                    });
                 })?;
             }
             StepKind::Quantise { input, cols, out } => self.quantise(step, input, cols, out)?,
@@ -549,12 +566,13 @@ impl Machine<'_> {
             buffers!(values, [F32 x = input, F32 out = out]);
             let x = &x[..tokens * cols];
             let out = Disjoint::new(&mut out[..live]);
+            let matrix = FloatMatrix::of(residency, weight, 0);
             let to = Target {
                 first: 0,
                 stride: rows,
             };
             pool.split(rows, grain.next_multiple_of(LANES), &|_, range| {
-                float_product(level, residency, weight, 0, range, x, &out, to);
+                matrix.product(level, range, x, &out, to);
             });
         }
         finite(!failed.into_inner(), step)?;
@@ -645,16 +663,8 @@ impl Machine<'_> {
                         first: (t as usize * k + slot as usize) * rows,
                         stride: rows,
                     };
-                    float_product(
-                        level,
-                        residency,
-                        weight,
-                        expert as usize,
-                        range.clone(),
-                        x,
-                        &out,
-                        to,
-                    );
+                    let matrix = FloatMatrix::of(residency, weight, expert as usize);
+                    matrix.product(level, range.clone(), x, &out, to);
                 }
             });
         }

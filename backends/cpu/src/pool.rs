@@ -53,9 +53,9 @@ impl Drop for Wait<'_> {
         while self.0.running.load(Ordering::Acquire) != 0 {
             turns = turns.saturating_add(1);
             if turns < self.0.spins {
-                std::hint::spin_loop()
+                std::hint::spin_loop();
             } else {
-                std::thread::yield_now()
+                std::thread::yield_now();
             }
         }
     }

@@ -640,7 +640,7 @@ impl Compiler<'_> {
                     ));
                 }
                 let input = self.read(input)?;
-                let width = k.checked_mul(shape.rows).unwrap_or(u64::MAX);
+                let width = k.saturating_mul(shape.rows);
                 let out = self.float_out(out, width, &[input])?;
                 StepKind::ExpertMatMul {
                     input,

@@ -247,13 +247,6 @@ impl Builder {
             ..
         } = kind;
         let (q_width, kv_width, n_ff) = (heads * head_dim, kv_heads * head_dim, 2 * hidden);
-        // Inputs of quantised matrices are whole blocks.
-        let q_in = if kind.encoding.is_quantized() {
-            q_width.next_multiple_of(kind.encoding.block_weights().max(32) as u32)
-        } else {
-            q_width
-        };
-        assert!(q_in == q_width || kind.heads == 6, "widths");
         let embd = b.matrix(None, Role::TokenEmbd, 1, VOCAB, hidden);
         let x = b.f32("x", hidden);
         b.op(None, OpKind::Embed { weight: embd, out: x });
@@ -345,29 +338,14 @@ impl Builder {
                     out: a,
                 },
             );
-            // The output projection of the test model reads the norm of what it can: widths of any encoding's block.
-            let aq_width = q_width / 32 * 32;
-            let o = if kind.encoding.is_quantized()
-                && !q_width.is_multiple_of(kind.encoding.block_weights().max(32) as u32)
-            {
-                // Back to the hidden width without a matrix of that many columns.
-                let _ = aq_width;
-                let g = b.f32("gate", q_width);
-                b.op(
-                    layer,
-                    OpKind::Activation {
-                        input: a,
-                        kind: ActivationKind::GeluTanh,
-                        out: g,
-                    },
-                );
-                let weights = b.f32("fold weights", 1);
-                let _ = weights;
+            // Where heads are no whole blocks, a float matrix leads back.
+            let block = kind.encoding.block_weights().max(32) as u32;
+            let o = if kind.encoding.is_quantized() && !q_width.is_multiple_of(block) {
                 b.kind.encoding = Encoding::F16;
                 let o = b.matmul(
                     l,
                     Role::AttnOutput,
-                    g,
+                    a,
                     hidden,
                     q_width,
                     Some(Role::AttnOutputBias),

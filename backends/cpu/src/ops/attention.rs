@@ -148,11 +148,8 @@ impl<E: Element> Attention<'_, '_, E> {
                 let from = (base / LANES + block) * head_dim * LANES;
                 let found =
                     scores::<E, N, B, F16C>(&self.keys[from..from + B * head_dim * LANES], head_dim, q);
-                for n in 0..N {
-                    for b in 0..B {
-                        let at = (block + b) * LANES;
-                        score_rows[n][at..at + LANES].copy_from_slice(&found[n][b]);
-                    }
+                for (row, found) in score_rows.iter_mut().zip(&found) {
+                    row[block * LANES..(block + B) * LANES].copy_from_slice(found.as_flattened());
                 }
                 block += B;
             }

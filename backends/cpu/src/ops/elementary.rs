@@ -138,7 +138,8 @@ mod tests {
                 let Ok(start) = u32::try_from(chunk * CHUNK as u64) else {
                     return;
                 };
-                let first = usize::from(chunk as usize / stride % portable != 0 && levels.len() > 1);
+                let first =
+                    usize::from(levels.len() > 1 && !(chunk as usize / stride).is_multiple_of(portable));
                 for (level, out) in levels.iter().zip(&mut results).skip(first) {
                     f(*level, start, out);
                 }
