@@ -37,6 +37,18 @@ fn main() {
     trials.extend(truncations());
     trials.extend(findings());
     trials.extend(memory());
+    trials.push(Trial::test(
+        "valid/any_shard_opens_the_whole_split_model",
+        any_shard,
+    ));
+    trials.push(Trial::test(
+        "valid/both_lz4_layouts_hold_the_same_tensors",
+        both_lz4_layouts,
+    ));
+    trials.push(Trial::test(
+        "valid/apr_tensors_are_those_of_its_own_reader",
+        apr_reader,
+    ));
     trials.push(Trial::test("an_empty_folder", || {
         let folder = tempfile::tempdir()?;
         expect(open(folder.path()), "FolderWithoutModel", &["config.json"])
@@ -426,6 +438,81 @@ fn corpus_is_documented() -> Outcome {
     let stale: Vec<_> = listed.difference(&there).collect();
     if !missing.is_empty() || !stale.is_empty() {
         return Err(format!("README.md lacks {missing:?} and lists {stale:?}").into());
+    }
+    Ok(())
+}
+
+/// Names, encodings, shapes and bytes of all tensors, by name.
+fn contents(manifest: &Manifest) -> Result<Vec<(String, Encoding, Vec<u64>, Vec<u8>)>, Failed> {
+    let mut out = Vec::new();
+    for t in &manifest.tensors {
+        let bytes = manifest.read_tensor(t, u64::MAX)?;
+        out.push((t.name.clone(), t.encoding, t.shape.clone(), bytes));
+    }
+    out.sort();
+    Ok(out)
+}
+
+fn any_shard() -> Outcome {
+    let small = TinyLlama::small();
+    let whole = open_bytes("model.gguf", small.gguf(Encoding::Q8_0).into())?;
+    let split = small.gguf_split(Encoding::Q8_0, 3);
+    let folder = tempfile::tempdir()?;
+    split.write_to(folder.path())?;
+    for (file, _) in &split.files {
+        let manifest = open(&folder.path().join(file))?;
+        if contents(&manifest)? != contents(&whole)? || manifest.shards.len() != 3 {
+            return Err(format!("{file} opens something else").into());
+        }
+        if manifest.metadata.require_u32("llama.block_count")? != 1 {
+            return Err(format!("{file} opens without the first file's metadata").into());
+        }
+    }
+    Ok(())
+}
+
+fn both_lz4_layouts() -> Outcome {
+    let small = TinyLlama::small();
+    for storage in [AprStorage::F32, AprStorage::AprQ4] {
+        let raw = open_bytes("raw.apr", small.apr(storage).into())?;
+        let flag = open_bytes("flag.apr", small.apr_lz4_flag(storage).into())?;
+        let folder = tempfile::tempdir()?;
+        let path = ModelFiles::single("block.apr", small.apr_lz4_block(storage)).write_to(folder.path())?;
+        let block = open(&path)?;
+        if block.shards[0].memory.is_none() {
+            return Err("the block is not in memory".into());
+        }
+        for manifest in [flag, block] {
+            if contents(&manifest)? != contents(&raw)? {
+                return Err(format!("{} holds something else", manifest.path.display()).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn apr_reader() -> Outcome {
+    let storages = [
+        (AprStorage::F32, Encoding::F32),
+        (AprStorage::F16, Encoding::F16),
+        (AprStorage::Q4K, Encoding::Q4_K),
+        (AprStorage::Q6K, Encoding::Q6_K),
+        (AprStorage::AprQ4, Encoding::APR_Q4),
+        (AprStorage::AprQ8, Encoding::APR_Q8),
+    ];
+    for (storage, encoding) in storages {
+        let bytes = TinyLlama::wide().apr(storage);
+        let theirs = apr_format::v2::AprV2Reader::from_bytes(&bytes)?;
+        let ours = open_bytes("model.apr", bytes.as_slice().into())?;
+        for (name, found, shape, bytes) in contents(&ours)? {
+            let expected = if shape.len() == 1 { Encoding::F32 } else { encoding };
+            if found != expected || theirs.get_tensor_data(&name) != Some(&bytes) {
+                return Err(format!("`{name}` as {storage:?} differs").into());
+            }
+        }
+        if ours.tensors.len() != theirs.tensor_names().len() || ours.verify_checksums()? != 1 {
+            return Err(format!("{storage:?} differs").into());
+        }
     }
     Ok(())
 }
