@@ -70,7 +70,7 @@ pub(crate) struct CapacityArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) sequences: u32,
 
-    /// Most tokens of one batch [default: 512, or all positions if that is less]
+    /// Most tokens of one batch [default: 128, or all positions if that is less]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) batch_tokens: Option<u32>,
 

@@ -1,7 +1,7 @@
 use hoist_backend::{
     BackendInfo, Capacity, DecodeProgram, Encoding, FloatLayout, IndexLayout, LoadPlan, MemoryByClass,
-    MemoryInfo, Shape, Sizing, SourceView, ValueChange, WeightBackend, WeightClass, WeightId, WeightIndex,
-    WeightPlan, WorkspaceBytes, WorkspaceDims,
+    MemoryInfo, Role, Shape, Sizing, SourceView, ValueChange, WeightBackend, WeightClass, WeightId,
+    WeightIndex, WeightPlan, WorkspaceBytes, WorkspaceDims,
 };
 use hoist_model::{ResolvedModel, ResolvedWeight};
 
@@ -161,8 +161,9 @@ pub(crate) fn build(model: Parts<'_>, info: &BackendInfo, workspace: WorkspaceBy
         source_bytes = total(source_bytes, source, "the weights' source bytes")?;
         weights.push(planned);
     }
-    resident.index = u64::try_from(model.index.entries.len())
-        .ok()
+    // The table is dense: a row for the whole model and one for each layer.
+    resident.index = (u64::from(model.layers) + 1)
+        .checked_mul(Role::COUNT as u64)
         .and_then(|n| n.checked_mul(info.sizing.index_entry_bytes))
         .ok_or_else(|| PlanError::Overflow {
             what: "the index".into(),
@@ -393,7 +394,7 @@ pub fn fits(plan: &LoadPlan, mapped: u64, memory: &MemoryInfo) -> Fit {
 
 #[cfg(test)]
 mod tests {
-    use hoist_backend::{DeviceMemory, EncodingSet, Role};
+    use hoist_backend::{DeviceMemory, EncodingSet};
     use proptest::prelude::*;
 
     use super::*;
@@ -446,8 +447,11 @@ mod tests {
             plan.resident.quantized,
             (3 * 9 * 18 + 3 * 4u64).next_multiple_of(64)
         );
-        assert_eq!(plan.resident.index, 8);
-        assert_eq!(plan.resident.total(), plan.resident.quantized + 8);
+        assert_eq!(plan.resident.index, 2 * Role::COUNT as u64 * 8);
+        assert_eq!(
+            plan.resident.total(),
+            plan.resident.quantized + plan.resident.index
+        );
     }
 
     #[test]

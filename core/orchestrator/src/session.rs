@@ -16,8 +16,9 @@ use crate::{
 
 /// Positions of a sequence where nothing else is asked for, if the model was made for as many.
 const DEFAULT_CONTEXT: u32 = 4096;
-/// Tokens of one batch where nothing else is asked for.
-const DEFAULT_BATCH_TOKENS: u32 = 512;
+/// Tokens of one batch where nothing else is asked for: enough to keep a matrix multiplication busy, few enough that the
+/// logits of a large vocabulary take less memory than its embedding.
+const DEFAULT_BATCH_TOKENS: u32 = 128;
 
 /// A model file whose header is read and whose tensors have their meaning; no weight byte is read yet.
 #[derive(Debug)]
@@ -37,7 +38,7 @@ pub struct DecodeOptions {
     pub context: Option<u32>,
     /// Sequences.
     pub sequences: u32,
-    /// Tokens of one batch; by default 512, or all positions of all sequences if that is less.
+    /// Tokens of one batch; by default 128, or all positions of all sequences if that is less.
     pub batch_tokens: Option<u32>,
     /// How keys and values are stored.
     pub kv: KvDtype,
