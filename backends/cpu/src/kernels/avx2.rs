@@ -44,6 +44,7 @@ impl Lanes for Avx2 {
     }
 
     forward! {
+        fn prefetch(bytes: &[u8]);
         fn load(bytes: &[u8]) -> V;
         fn store(v: V, bytes: &mut [u8]);
         fn load_u8(bytes: &[u8]) -> V;
@@ -91,6 +92,12 @@ impl Lanes for Avx2 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn vectorise<J: Job>(lanes: Avx2, job: J) -> J::Output {
     job.run(lanes)
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn prefetch(bytes: &[u8]) {
+    _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().cast());
 }
 
 #[target_feature(enable = "avx2")]
@@ -452,7 +459,8 @@ fn round(a: Wide<V>, exponents: V, y: &mut [f32]) -> bool {
     // The bits above the exponent's eleven fall out of the shift.
     let (even, odd) = (round_four(a.even, exponents), round_four(a.odd, odd(exponents)));
     let (low, high) = (_mm_unpacklo_ps(even, odd), _mm_unpackhi_ps(even, odd));
+    let rows = _mm256_set_m128(high, low);
     // SAFETY: eight f32 are writable, as asserted; any alignment is allowed.
-    unsafe { _mm256_storeu_ps(y.as_mut_ptr(), _mm256_set_m128(high, low)) };
+    unsafe { _mm256_storeu_ps(y.as_mut_ptr(), rows) };
     true
 }

@@ -49,6 +49,7 @@ impl Lanes for Avx512 {
     }
 
     forward! {
+        fn prefetch(bytes: &[u8]);
         fn load(bytes: &[u8]) -> V;
         fn store(v: V, bytes: &mut [u8]);
         fn load_u8(bytes: &[u8]) -> V;
@@ -96,6 +97,12 @@ impl Lanes for Avx512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn vectorise<J: Job>(lanes: Avx512, job: J) -> J::Output {
     job.run(lanes)
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn prefetch(bytes: &[u8]) {
+    _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().cast());
 }
 
 #[target_feature(enable = "avx512f")]
@@ -418,7 +425,8 @@ fn round(a: Wide<V>, exponents: V, y: &mut [f32]) -> bool {
     let even = _mm512_castps256_ps512(round_eight(a.even, exponents));
     let odd = _mm512_castps256_ps512(round_eight(a.odd, odd(exponents)));
     let order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    let rows = _mm512_permutex2var_ps(even, order, odd);
     // SAFETY: sixteen f32 are writable, as asserted; any alignment is allowed.
-    unsafe { _mm512_storeu_ps(y.as_mut_ptr(), _mm512_permutex2var_ps(even, order, odd)) };
+    unsafe { _mm512_storeu_ps(y.as_mut_ptr(), rows) };
     true
 }

@@ -272,7 +272,7 @@ fn sub_scale<L: Lanes>(l: L, words: &[L::V; 2], j: usize) -> L::V {
 #[inline(always)]
 fn pair<L: Lanes>(l: L, words: &[L::V; 2], p: usize) -> L::V {
     let word = words[p / 2];
-    if p % 2 == 0 {
+    if p.is_multiple_of(2) {
         l.pair::<0>(word)
     } else {
         l.pair::<2>(word)
@@ -466,11 +466,22 @@ impl SixBits {
     fn pair<L: Lanes>(l: L, subs: &[u8], j: usize) -> L::V {
         let n = 4 * L::ROWS;
         let word = l.load(&subs[n * (j / 2)..][..n]);
-        if j % 2 == 0 {
+        if j.is_multiple_of(2) {
             l.signed_pair::<0>(word)
         } else {
             l.signed_pair::<2>(word)
         }
+    }
+
+    /// Dots of one half block of each of the four blocks of half `h`, times their sub-scales, summed.
+    #[inline(always)]
+    fn scaled<L: Lanes>(l: L, acc: [L::V; 4], subs: &[u8], x: &Segment, (h, half): (usize, usize)) -> L::V {
+        let mut sum = l.splat(0);
+        for (b, acc) in acc.into_iter().enumerate() {
+            let sub_scale = Self::sub_scale(l, subs, 8 * h + 2 * b + half);
+            sum = l.add(sum, l.dot_end(acc, l.times(sub_scale, x.u_twice[4 * h + b])));
+        }
+        sum
     }
 
     /// Sum of the dots of half `h`, times their sub-scales, added to `sum`.
@@ -487,23 +498,11 @@ impl SixBits {
                     acc[b] = l.dot(acc[b], w[b], q[8 * b + 4 * half + g]);
                 }
                 if L::NARROW && g == 1 {
-                    for b in 0..4 {
-                        let factor = l.times(
-                            Self::sub_scale(l, subs, 8 * h + 2 * b + half),
-                            x.u_twice[4 * h + b],
-                        );
-                        sum = l.add(sum, l.dot_end(acc[b], factor));
-                        acc[b] = l.splat(0);
-                    }
+                    sum = l.add(sum, Self::scaled(l, acc, subs, x, (h, half)));
+                    acc = [l.splat(0); 4];
                 }
             }
-            for b in 0..4 {
-                let factor = l.times(
-                    Self::sub_scale(l, subs, 8 * h + 2 * b + half),
-                    x.u_twice[4 * h + b],
-                );
-                sum = l.add(sum, l.dot_end(acc[b], factor));
-            }
+            sum = l.add(sum, Self::scaled(l, acc, subs, x, (h, half)));
         }
         sum
     }

@@ -27,6 +27,8 @@ pub(super) trait Lanes: Copy {
 
     fn vectorise<J: Job>(self, job: J) -> J::Output;
 
+    /// Asks for the cache line in which `bytes` start.
+    fn prefetch(self, bytes: &[u8]);
     fn load(self, bytes: &[u8]) -> Self::V;
     fn store(self, v: Self::V, bytes: &mut [u8]);
     /// One u8 for each row.

@@ -169,7 +169,7 @@ fn kernels() {
         let bytes = matrix(encoding, 1024, 2048);
         let mut side = vec![0; 1024 * side_row_bytes(2048)];
         let beside = quickest(budget, || {
-            prepare_side(encoding, 2048, &bytes, &mut side).unwrap()
+            prepare_side(encoding, 2048, &bytes, &mut side).unwrap();
         });
         let mut packed = bytes.clone();
         let packing = quickest(budget, || {

@@ -124,7 +124,7 @@ impl<'a> Group<'a> {
 
     /// A segment of the group, packed; into `buffer`, unless it is already.
     #[inline(always)]
-    fn unit<'s, L: Lanes>(&self, w: &QuantMatrix<'_>, segment: usize, buffer: &'s mut [u8]) -> &'s [u8]
+    fn unit<'s, L: Lanes>(&self, l: L, w: &QuantMatrix<'_>, segment: usize, buffer: &'s mut [u8]) -> &'s [u8]
     where
         'a: 's,
     {
@@ -133,15 +133,14 @@ impl<'a> Group<'a> {
         if self.packed {
             return &self.bytes[packed];
         }
+        // A processor does not foresee which row's segment comes next: an equal share of the next group is asked for.
+        let row_bytes = row_bytes(w.encoding, w.cols);
+        let next = (self.row + L::ROWS) * row_bytes;
+        if let Some(share) = w.bytes.get(next + packed.start..next + packed.end) {
+            share.chunks(64).for_each(|line| l.prefetch(line));
+        }
         let buffer = &mut buffer[..packed.len()];
-        pack_segment(
-            w.encoding,
-            L::ROWS,
-            self.bytes,
-            row_bytes(w.encoding, w.cols),
-            at,
-            buffer,
-        );
+        pack_segment(w.encoding, L::ROWS, self.bytes, row_bytes, at, buffer);
         buffer
     }
 }
@@ -281,7 +280,7 @@ impl<C: Codec> Job for OneToken<'_, '_, '_, C> {
             let e_w = l.load_i16(side.rows);
             let mut acc = l.zero_wide();
             for (segment, x) in x.iter().enumerate() {
-                let unit = group.unit::<L>(w, segment, &mut buffers.unit);
+                let unit = group.unit::<L>(l, w, segment, &mut buffers.unit);
                 let below = side.below(l, segment);
                 let product = C::product(l, unit, x, below.powers(l, e_w));
                 acc = below.shifted(l, acc, product.i, C::FORM.mins.then_some(product.j), x);
@@ -319,7 +318,7 @@ impl<C: Codec> Fill for Packed<C> {
         (unit, _): (&mut [u8], &mut SegmentView),
         panel: &mut Panel,
     ) -> Result<(), NonFinite> {
-        C::fill(l, group.unit::<L>(w, segment, unit), powers, panel);
+        C::fill(l, group.unit::<L>(l, w, segment, unit), powers, panel);
         Ok(())
     }
 }

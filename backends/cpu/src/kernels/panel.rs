@@ -98,7 +98,7 @@ impl Panel {
         {
             *out = quad.map(|w| w as u8);
         }
-        let mut put = |values: &[i32; 16], out: &mut [u8]| {
+        let put = |values: &[i32; 16], out: &mut [u8]| {
             let words = out.as_chunks_mut::<4>().0;
             for (value, pair) in values.iter().zip(words.chunks_exact_mut(2 * L::ROWS)) {
                 pair[row] = value.to_le_bytes();

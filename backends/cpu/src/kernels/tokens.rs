@@ -96,11 +96,11 @@ fn scaled_blocks<L: Lanes, P: Panelled, const N: usize, const T: usize>(
                 } else {
                     x[t].mus[block]
                 };
-                for n in 0..N {
+                for (n, acc) in acc.iter().enumerate() {
                     let dot = if form.dots == 0 {
-                        l.dot_signed_end(acc[n][t].0, um, sum)
+                        l.dot_signed_end(acc[t].0, um, sum)
                     } else {
-                        end::<L, P>(l, acc[n][t], l.factor(um))
+                        end::<L, P>(l, acc[t], l.factor(um))
                     };
                     dots.set(l, (part * T + t) * N + n, dot);
                 }
