@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::Args;
 use hoist_core::backend::{LoadPlan, Mapping, Unwatched, WeightSource};
 use hoist_core::orchestrator::{FileSource, LoadOptions, OpenedModel, load, plan_for};
+use memmap2::{Advice, MmapMut};
 use serde_json::{Value, json};
 
 use crate::args::{DeviceArgs, ModelArg};
@@ -233,7 +234,9 @@ fn plain_copy(source: &FileSource, plan: &LoadPlan, threads: usize) -> Option<Co
     let total = pieces.iter().map(|(_, range)| range.len()).sum();
 
     let started = Instant::now();
-    let mut copy = vec![0u8; total];
+    let mut copy = MmapMut::map_anon(total).ok()?;
+    // As large pages as a load takes for its arena; only an advice.
+    let _ = copy.advise(Advice::HugePage);
     copy_all(&mappings, &pieces, &mut copy, threads);
     let fresh = started.elapsed();
     let started = Instant::now();

@@ -87,6 +87,8 @@ fn mismatch(error: Error, json: bool) -> Result<Code> {
         let verified = report.verified.as_ref();
         print_json(&json!({
             "schema": "hoist.load/1",
+            "weights": report::load::weights_json(report),
+            "workspace": null,
             "verified": verified.map(|v| json!({
                 "weights": v.weights,
                 "bytes": v.bytes,

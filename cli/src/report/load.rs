@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use hoist_core::orchestrator::{LoadedModel, Statistics, WeightTrace};
+use hoist_core::orchestrator::{LoadReport, LoadedModel, Statistics, WeightTrace};
 use serde_json::{Value, json};
 
 use super::table::{self, Align};
@@ -20,13 +20,7 @@ pub(crate) fn json(loaded: &LoadedModel, total: Duration, traces: &[WeightTrace]
         "schema": "hoist.load/1",
         "model": model::json(&loaded.manifest, &loaded.model),
         "backend": plan::backend_json(loaded.backend.as_ref()),
-        "weights": {
-            "quantized": report.counts.quantized,
-            "float": report.counts.float,
-            "gamma": report.counts.gamma,
-            "bias": report.counts.bias,
-            "bytes": report.nbytes,
-        },
+        "weights": weights_json(report),
         "index": {
             "layers": report.device_index.layers,
             "entries": report.device_index.entries,
@@ -68,6 +62,17 @@ pub(crate) fn json(loaded: &LoadedModel, total: Duration, traces: &[WeightTrace]
         value["trace"] = traces.iter().map(trace_json).collect();
     }
     value
+}
+
+/// `weights` of the report: how many of each class, and their canonical bytes.
+pub(crate) fn weights_json(report: &LoadReport) -> Value {
+    json!({
+        "quantized": report.counts.quantized,
+        "float": report.counts.float,
+        "gamma": report.counts.gamma,
+        "bias": report.counts.bias,
+        "bytes": report.nbytes,
+    })
 }
 
 /// What the backend owns, by its own count where it can tell.

@@ -14,11 +14,10 @@ use serde_json::Value;
 
 /// Prints one JSON object.
 pub(crate) fn print_json(value: &Value) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)?;
-    out.flush()?;
-    Ok(())
+    // Not straight to the writer: serde_json hides what kind of error writing ended with.
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    print_text(&text)
 }
 
 /// Prints text for people.
