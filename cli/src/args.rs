@@ -9,7 +9,8 @@ use hoist_core::orchestrator::DecodeOptions;
 /// Where weights go.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct DeviceArgs {
-    /// Backend, or one of its devices, as `hoist devices` lists them
+    /// Backend, or one of its devices, as `hoist devices` lists them; plugin:PATH, or plugin:NAME of a trusted one, for a
+    /// backend in a shared library (#1 behind it: its second device)
     #[arg(long, value_name = "BACKEND", default_value = "cpu")]
     pub(crate) backend: String,
 
@@ -28,6 +29,15 @@ pub(crate) struct DeviceArgs {
     /// Use portable scalar code only, to compare with
     #[arg(long)]
     pub(crate) force_scalar: bool,
+
+    /// Run a plugin in a process of its own, where its crashes and hangs stay
+    #[arg(long)]
+    pub(crate) isolate: bool,
+
+    /// Longest time for one call of an isolated plugin
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, requires = "isolate",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) isolate_limit: u64,
 
     /// Layout of float matrices, whatever the backend prefers; a test switch
     #[arg(long, value_name = "LAYOUT", value_enum, hide = true)]

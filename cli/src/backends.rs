@@ -1,6 +1,13 @@
 //! The backends that this program was built with.
 
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Result;
 use hoist_core::backend::{DeviceInfo, Error, OpenOptions, Provider, WeightBackend};
+use hoist_plugin_host::{Candidate, Isolation, Lockfile, Probe};
+
+use crate::args::DeviceArgs;
 
 /// Every backend, in the order that `hoist devices` lists them.
 pub(crate) fn all() -> Vec<Box<dyn Provider>> {
@@ -13,9 +20,18 @@ pub(crate) struct Selected {
     ordinal: u32,
 }
 
-/// Finds a backend by name (`cuda`: its first device) or a device by id (`cuda:1`).
-pub(crate) fn select(name: &str) -> Result<Selected, Error> {
+/// Finds a backend by name (`cuda`: its first device), a device by id (`cuda:1`), or a plugin (`plugin:PATH`,
+/// `plugin:NAME` of the lockfile; `#1` behind either: its second device).
+pub(crate) fn select(device: &DeviceArgs) -> Result<Selected> {
+    let name = device.backend.as_str();
+    if let Some(plugin) = name.strip_prefix("plugin:") {
+        let limit = Duration::from_secs(device.isolate_limit);
+        return select_plugin(plugin, device.isolate.then_some(limit));
+    }
     let backend = name.split_once(':').map_or(name, |(backend, _)| backend);
+    if device.isolate {
+        return Err(crate::exit::Usage("--isolate is for plugins".into()).into());
+    }
     let unavailable = |reason: String, hint: String| Error::Unavailable {
         backend: name.to_owned(),
         reason,
@@ -25,8 +41,12 @@ pub(crate) fn select(name: &str) -> Result<Selected, Error> {
         let known: Vec<_> = all().iter().map(|p| p.name().to_owned()).collect();
         return Err(unavailable(
             "this program has no such backend".into(),
-            format!("it has {}", known.join(", ")),
-        ));
+            format!(
+                "it has {}; plugin:PATH is one in a shared library",
+                known.join(", ")
+            ),
+        )
+        .into());
     };
     if name == backend {
         return Ok(Selected { provider, ordinal: 0 });
@@ -37,7 +57,8 @@ pub(crate) fn select(name: &str) -> Result<Selected, Error> {
         return Err(unavailable(
             "there is no such device".into(),
             format!("there is {}", ids.join(", ")),
-        ));
+        )
+        .into());
     };
     Ok(Selected {
         ordinal: device.ordinal,
@@ -58,4 +79,71 @@ pub(crate) fn devices() -> Vec<(String, Result<Vec<DeviceInfo>, Error>)> {
         .iter()
         .map(|provider| (provider.name().to_owned(), provider.devices()))
         .collect()
+}
+
+/// How long a library that is tried out may take.
+const PROBE_LIMIT: Duration = Duration::from_secs(30);
+
+/// `isolate`: in a process of its own, where a call may take that long.
+fn select_plugin(name: &str, isolate: Option<Duration>) -> Result<Selected> {
+    let (place, ordinal) = match name.rsplit_once('#') {
+        Some((place, ordinal)) => match ordinal.parse() {
+            Ok(ordinal) => (place, ordinal),
+            Err(_) => return Err(crate::exit::Usage(format!("`{ordinal}` is no device number")).into()),
+        },
+        None => (name, 0),
+    };
+    // What the lockfile names was probed when it was trusted, and has the same bytes.
+    let (candidate, probe) = if place.contains('/') {
+        (Candidate::open(&absolute(Path::new(place))?)?, probe()?)
+    } else {
+        let lockfile = lockfile()?;
+        let candidate = Lockfile::read(&lockfile)?.open(place, &lockfile)?;
+        (candidate, Probe::Skip)
+    };
+    let provider = match isolate {
+        Some(limit) => hoist_plugin_host::open_isolated(
+            &candidate,
+            &Isolation {
+                program: std::env::current_exe()?,
+                arguments: vec!["plugin-worker".into()],
+                limit,
+            },
+        )?,
+        None => hoist_plugin_host::open(&candidate, &probe)?,
+    };
+    Ok(Selected {
+        provider: Box::new(provider),
+        ordinal,
+    })
+}
+
+/// How an unknown library is tried out: by this program, in a child process.
+pub(crate) fn probe() -> Result<Probe> {
+    Ok(Probe::Child {
+        program: std::env::current_exe()?,
+        arguments: vec!["plugin-probe".into()],
+        limit: PROBE_LIMIT,
+    })
+}
+
+/// Where trusted plugins are listed: `hoist/plugins.lock.json` in the user's folder of settings.
+pub(crate) fn lockfile() -> Result<PathBuf> {
+    let folder = |name| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|p| p.is_absolute())
+    };
+    let settings = folder("XDG_CONFIG_HOME").or_else(|| folder("HOME").map(|home| home.join(".config")));
+    match settings {
+        Some(settings) => Ok(settings.join("hoist").join("plugins.lock.json")),
+        None => {
+            Err(crate::exit::Usage("neither XDG_CONFIG_HOME nor HOME says where settings are".into()).into())
+        }
+    }
+}
+
+/// A path the user typed, from the folder they typed it in.
+pub(crate) fn absolute(path: &Path) -> std::io::Result<PathBuf> {
+    std::path::absolute(path)
 }

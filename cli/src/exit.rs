@@ -6,6 +6,8 @@ use hoist_core::backend::Error as BackendError;
 use hoist_core::formats::Error as FormatError;
 use hoist_core::model::Error as ModelError;
 use hoist_core::orchestrator::{Error as LoadError, PlanError};
+use hoist_core::text::Error as TextError;
+use hoist_plugin_host::Error as PluginError;
 
 /// Exit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +24,8 @@ pub(crate) enum Code {
     Unavailable = 4,
     /// Out of memory.
     OutOfMemory = 5,
+    /// A plugin that breaks a rule.
+    PluginRejected = 6,
     /// Reading or writing failed.
     Io = 7,
     /// A bug.
@@ -99,6 +103,12 @@ fn code_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     if let Some(error) = cause.downcast_ref::<BackendError>() {
         return Some(of_backend(error));
     }
+    if let Some(error) = cause.downcast_ref::<TextError>() {
+        return Some(of_text(error));
+    }
+    if cause.is::<PluginError>() {
+        return Some(Code::PluginRejected);
+    }
     if cause.is::<Usage>() {
         return Some(Code::Usage);
     }
@@ -144,6 +154,19 @@ fn of_model(error: &ModelError) -> Code {
     }
 }
 
+fn of_text(error: &TextError) -> Code {
+    match error {
+        TextError::Io { .. } => Code::Io,
+        TextError::InvalidOption { .. }
+        | TextError::TextTooLong { .. }
+        | TextError::NoTokenForByte { .. }
+        | TextError::TokenOutOfRange { .. } => Code::Usage,
+        TextError::LogitCount { .. } => Code::Internal,
+        // What is left is said of the tokenizer, the template or the logits that the model brought.
+        _ => Code::BadModel,
+    }
+}
+
 fn of_backend(error: &BackendError) -> Code {
     match error {
         BackendError::Unavailable { .. }
@@ -158,6 +181,8 @@ fn of_backend(error: &BackendError) -> Code {
         | BackendError::TokenOutOfRange { .. }
         | BackendError::ContextExceeded { .. } => Code::Usage,
         BackendError::Cancelled => Code::Cancelled,
+        // What the host reports as a bug of a plugin is the plugin's.
+        BackendError::Internal { backend, .. } if backend.starts_with("plugin:") => Code::PluginRejected,
         _ => Code::Internal,
     }
 }

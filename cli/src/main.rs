@@ -5,6 +5,7 @@
 mod args;
 mod backends;
 mod commands;
+mod decoding;
 mod exit;
 mod models;
 mod report;

@@ -6,6 +6,7 @@
 mod backend;
 mod cache;
 mod decode;
+mod elementary;
 mod finite;
 mod kernels;
 mod load;
@@ -21,6 +22,7 @@ mod view;
 mod workspace;
 
 pub use backend::CpuBackend;
+pub use elementary::{exp, tanh};
 pub use provider::CpuProvider;
 pub use view::FloatView;
 

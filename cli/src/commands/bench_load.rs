@@ -42,7 +42,7 @@ pub(crate) struct BenchLoad {
 impl BenchLoad {
     pub(crate) fn run(&self, json: bool) -> Result<Code> {
         catch_interrupts()?;
-        let device = backends::select(&self.device.backend)?;
+        let device = backends::select(&self.device)?;
         let threads = match self.device.threads {
             Some(threads) => threads as usize,
             None => std::thread::available_parallelism().map_or(1, usize::from),

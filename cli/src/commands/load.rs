@@ -41,7 +41,7 @@ impl Load {
         let started = Instant::now();
         catch_interrupts()?;
         let bar = Bar::new();
-        let backend = backends::select(&self.device.backend)?;
+        let backend = backends::select(&self.device)?;
         let opened = models::open(&self.model)?;
         let layers = opened.model.layers;
         if let Some((first, last)) = self.trace_layers.filter(|(_, last)| *last >= layers) {

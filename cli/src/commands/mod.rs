@@ -1,12 +1,19 @@
 //! One file a command.
 
 mod bench;
+mod bench_decode;
 mod bench_load;
 mod completions;
 mod devices;
+mod generate;
 mod inspect;
 mod load;
+mod logits;
+mod op;
+mod perplexity;
 mod plan;
+mod plugin;
+mod synth;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -38,10 +45,26 @@ enum Command {
     Plan(plan::Plan),
     /// Make a model resident, index it, and report what was done
     Load(load::Load),
+    /// Continue a text, or answer in a chat
+    Generate(generate::Generate),
+    /// Print what a model makes of given tokens, position by position
+    Logits(logits::Logits),
+    /// Measure how well a model predicts a text
+    Perplexity(perplexity::Perplexity),
+    /// Run one operation of the numerics contract over raw files
+    Op(op::Op),
     /// Measure
     Bench(bench::Bench),
+    /// Write a random-weight model of a real shape
+    Synth(synth::Synth),
     /// List backends and their devices
     Devices(devices::Devices),
+    /// Look at backends in shared libraries, and trust them
+    Plugin(plugin::Plugin),
+    #[command(hide = true)]
+    PluginProbe(plugin::PluginProbe),
+    #[command(hide = true)]
+    PluginWorker(plugin::PluginWorker),
     /// Print completions for a shell
     Completions(completions::Completions),
 }
@@ -54,8 +77,16 @@ impl Program {
             Command::Inspect(inspect) => inspect.run(json),
             Command::Plan(plan) => plan.run(json),
             Command::Load(load) => load.run(json),
+            Command::Generate(generate) => generate.run(json),
+            Command::Logits(logits) => logits.run(json),
+            Command::Perplexity(perplexity) => perplexity.run(json),
+            Command::Op(op) => op.run(json),
             Command::Bench(bench) => bench.run(json),
+            Command::Synth(synth) => synth.run(json),
             Command::Devices(devices) => devices.run(json),
+            Command::Plugin(plugin) => plugin.run(json),
+            Command::PluginProbe(probe) => probe.run(),
+            Command::PluginWorker(worker) => worker.run(),
             Command::Completions(completions) => completions.run(json),
         }
     }

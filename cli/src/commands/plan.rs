@@ -31,7 +31,7 @@ pub(crate) struct Plan {
 
 impl Plan {
     pub(crate) fn run(&self, json: bool) -> Result<Code> {
-        let backend = backends::select(&self.device.backend)?;
+        let backend = backends::select(&self.device)?;
         let opened = models::open(&self.model)?;
         let backend = backend.open(&self.device.open_options())?;
         let capacity = (!self.no_workspace).then(|| opened.capacity(&self.capacity.decode_options()));

@@ -167,7 +167,7 @@ impl PluginBackend {
         loaded
             // SAFETY: all pointers are valid for the call.
             .call(|record| unsafe { f(handle, &mut caps, record) })
-            .map_err(|failure| bad(format!("`caps`: {}", failure.explain())))?;
+            .map_err(|failure| lost_or_internal(provider, &device.id, "caps", &failure))?;
         let memory = Self::ask_memory(loaded, provider, device, handle)?;
         let info = convert::backend_info(&caps, provider, &device.id, &device.name, memory)
             .map_err(|what| bad(format!("`caps`: {what}")))?;
@@ -199,7 +199,7 @@ impl PluginBackend {
         loaded
             // SAFETY: all pointers are valid for the call.
             .call(|record| unsafe { f(handle, &mut memory, record) })
-            .map_err(|failure| Error::internal(provider, format!("`memory_info`: {}", failure.explain())))?;
+            .map_err(|failure| lost_or_internal(provider, &device.id, "memory_info", &failure))?;
         Ok(convert::memory(&device.id, &memory))
     }
 
@@ -365,6 +365,18 @@ impl PluginBackend {
         self.imports.clear();
         self.decode = Decode::default();
         self.lifecycle.enter(State::Empty);
+    }
+}
+
+/// A failed call of which nothing but the loss of the device is expected.
+fn lost_or_internal(backend: &str, device: &str, call: &str, failure: &Failure) -> Error {
+    let reason = format!("`{call}`: {}", failure.explain());
+    match failure.status {
+        Status::DEVICE_LOST | Status::PANIC => Error::DeviceLost {
+            device: device.to_owned(),
+            reason,
+        },
+        _ => Error::internal(backend, reason),
     }
 }
 
@@ -758,10 +770,7 @@ impl WeightBackend for PluginBackend {
             // SAFETY: all pointers are valid for the call.
             .call(|record| unsafe { f(self.device, &c_dims, &mut bytes, record) })
             .map_err(|failure| {
-                Error::internal(
-                    &self.info.name,
-                    format!("`workspace_bytes`: {}", failure.explain()),
-                )
+                lost_or_internal(&self.info.name, &self.info.device, "workspace_bytes", &failure)
             })?;
         Ok(WorkspaceBytes {
             kv: bytes.kv,

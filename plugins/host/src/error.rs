@@ -82,6 +82,9 @@ pub enum Error {
     /// The probe in a child process did not end well.
     #[error("plugin `{path}` failed its probe: {reason}")]
     Probe { path: PathBuf, reason: String },
+    /// Its worker process did not come up.
+    #[error("plugin `{path}` failed in its worker process: {reason}")]
+    Worker { path: PathBuf, reason: String },
     /// The dynamic linker refused it.
     #[error("plugin `{path}` cannot be loaded: {reason}")]
     Load { path: PathBuf, reason: String },

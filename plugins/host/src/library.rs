@@ -11,6 +11,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use crate::float_mode::FloatMode;
 use crate::header::{Header, text};
+use crate::isolate::{Isolation, Worker};
 use crate::policy::Candidate;
 use crate::{Error, Result};
 
@@ -22,8 +23,10 @@ pub(crate) struct Loaded {
     pub(crate) sha256: String,
     pub(crate) minor: u32,
     pub(crate) table: Plugin,
+    /// The process it is in, if that is not this one; the table then speaks to it.
+    worker: Option<Worker>,
     /// The plugin keeps a pointer to it until `shutdown` returns.
-    _host: Box<Host>,
+    _host: Option<Box<Host>>,
 }
 
 // SAFETY: the table holds addresses of code that is never unloaded, and the host block is only read; which calls may
@@ -104,8 +107,30 @@ impl Loaded {
             sha256: candidate.sha256.clone(),
             minor,
             table,
-            _host: host,
+            worker: None,
+            _host: Some(host),
         })
+    }
+
+    /// Loads a judged file in a process of its own.
+    pub(crate) fn isolate(
+        candidate: &Candidate,
+        header: Header,
+        minor: u32,
+        isolation: &Isolation,
+    ) -> Result<Arc<Self>> {
+        let worker = Worker::start(candidate, isolation)?;
+        let table = worker.table();
+        check_table(&candidate.path, &table)?;
+        Ok(Arc::new(Self {
+            path: candidate.path.clone(),
+            header,
+            sha256: candidate.sha256.clone(),
+            minor,
+            table,
+            worker: Some(worker),
+            _host: None,
+        }))
     }
 
     /// Calls a function of the table with an error record, and puts the floating-point mode back.
@@ -114,9 +139,12 @@ impl Loaded {
         f: impl FnOnce(&mut ErrorRecord) -> Status,
     ) -> std::result::Result<(), Failure> {
         let mut record = ErrorRecord::new();
-        let status = {
-            let _mode = FloatMode::save();
-            f(&mut record)
+        let status = match &self.worker {
+            Some(worker) => worker.enter(|| f(&mut record)),
+            None => {
+                let _mode = FloatMode::save();
+                f(&mut record)
+            }
         };
         if status == Status::OK {
             Ok(())

@@ -37,7 +37,11 @@ const POLL: Duration = Duration::from_millis(2);
 const MAX_OUTPUT: u64 = 64 << 10;
 
 impl Probe {
-    pub(crate) fn run(&self, candidate: &Candidate) -> Result<()> {
+    /// Tries a library out.
+    ///
+    /// # Errors
+    /// [`Error::Probe`]
+    pub fn check(&self, candidate: &Candidate) -> Result<()> {
         let Self::Child {
             program,
             arguments,
@@ -117,7 +121,7 @@ fn drain(pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
     })
 }
 
-fn describe(status: ExitStatus) -> String {
+pub(crate) fn describe(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("the process that loaded it exited with {code}"),

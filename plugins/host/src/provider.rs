@@ -5,6 +5,7 @@ use hoist_plugin_abi as abi;
 
 use crate::backend::PluginBackend;
 use crate::header::{Header, text};
+use crate::isolate::Isolation;
 use crate::library::Loaded;
 use crate::policy::Candidate;
 use crate::probe::Probe;
@@ -28,10 +29,24 @@ const MAX_DEVICES: u32 = 1024;
 pub fn open(candidate: &Candidate, probe: &Probe) -> Result<PluginProvider> {
     let header = Header::read(&candidate.path, &candidate.file)?;
     let minor = header.agree(&candidate.path)?;
-    probe.run(candidate)?;
+    probe.check(candidate)?;
     let name = format!("plugin:{}", header.name);
     Ok(PluginProvider {
         loaded: Loaded::open(candidate, header, minor)?,
+        name,
+    })
+}
+
+/// Judges a plugin and loads it in a process of its own, which its crashes and hangs do not leave. No probe is needed.
+///
+/// # Errors
+/// The rules of [`Header::read`] and [`Header::agree`]; [`Error::Worker`], with what [`open`] would return there.
+pub fn open_isolated(candidate: &Candidate, isolation: &Isolation) -> Result<PluginProvider> {
+    let header = Header::read(&candidate.path, &candidate.file)?;
+    let minor = header.agree(&candidate.path)?;
+    let name = format!("plugin:{}", header.name);
+    Ok(PluginProvider {
+        loaded: Loaded::isolate(candidate, header, minor, isolation)?,
         name,
     })
 }

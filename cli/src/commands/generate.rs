@@ -1,0 +1,278 @@
+use std::io::{Read as _, Write as _};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use hoist_core::backend::{Error as BackendError, Outputs, SequenceId, Want};
+use hoist_core::text::{
+    ChatMessage, ChatTemplate, DecodeOptions, EncodeOptions, RenderOptions, Sampler, SamplerOptions,
+    Tokenizer,
+};
+use serde_json::json;
+
+use crate::args::{CapacityArgs, DeviceArgs, ModelArg};
+use crate::exit::{Code, Usage};
+use crate::report::{self, print_json, units};
+use crate::watch::{catch_interrupts, interrupted};
+use crate::{decoding, models};
+
+/// Continue a text, or answer in a chat.
+#[derive(Args, Debug)]
+pub(crate) struct Generate {
+    #[command(flatten)]
+    model: ModelArg,
+
+    /// The text to continue; `-` reads standard input
+    #[arg(short, long, value_name = "TEXT", required_unless_present = "prompt_file")]
+    prompt: Option<String>,
+
+    /// A file with the text to continue
+    #[arg(long, value_name = "PATH", conflicts_with = "prompt")]
+    prompt_file: Option<PathBuf>,
+
+    /// Most tokens to write
+    #[arg(short, long, value_name = "N", default_value_t = 128)]
+    n: u32,
+
+    /// Take the text as a message and answer it, by the model's chat template
+    #[arg(long)]
+    chat: bool,
+
+    /// System message of the chat
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+
+    /// Go on after the model ended its text
+    #[arg(long)]
+    ignore_end: bool,
+
+    /// 0 takes the most likely token always; larger evens chances out
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temp: f64,
+
+    /// Draw from the so many most likely tokens only; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+
+    /// Draw from the most likely tokens that together have this probability only
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f64,
+
+    /// Draw only from tokens at least this share as likely as the most likely one
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f64,
+
+    /// Makes recent tokens less likely; 1 for no penalty
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    repeat_penalty: f64,
+
+    /// How many tokens count as recent
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    repeat_window: usize,
+
+    /// Key of the random numbers
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+
+    #[command(flatten)]
+    capacity: CapacityArgs,
+}
+
+/// Why no more tokens came.
+#[derive(Clone, Copy)]
+enum Stop {
+    Length,
+    End,
+    Context,
+}
+
+impl Stop {
+    fn name(self) -> &'static str {
+        match self {
+            Stop::Length => "length",
+            Stop::End => "end",
+            Stop::Context => "context",
+        }
+    }
+}
+
+impl Generate {
+    pub(crate) fn run(&self, json: bool) -> Result<Code> {
+        catch_interrupts()?;
+        let mut sampler = Sampler::new(SamplerOptions {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repeat_penalty,
+            repetition_window: self.repeat_window,
+            seed: self.seed,
+        })?;
+        // With no penalty the greedy choice is the arg-max, which a backend can make where the logits are.
+        let greedy = self.temp == 0.0 && self.repeat_penalty == 1.0;
+        let started = Instant::now();
+        let opened = models::open(&self.model)?;
+        let tokenizer = Tokenizer::from_manifest(&opened.manifest)?;
+        let prompt = self.prompt_tokens(&tokenizer, &opened.manifest)?;
+        let mut decode = self.capacity.decode_options();
+        decoding::widen(&mut decode, &opened, prompt.len().saturating_add(self.n as usize));
+        let capacity = opened.capacity(&decode);
+        let positions = capacity.max_context as usize;
+        if prompt.len() > positions {
+            return Err(Usage(format!(
+                "the prompt has {} tokens and the context holds {positions}; --context makes it larger, up to {}",
+                prompt.len(),
+                opened.model.hyper.context_length
+            ))
+            .into());
+        }
+        let mut loaded = decoding::load(opened, &self.device, decode)?;
+        let load_time = started.elapsed();
+
+        let vocab = loaded.program.as_ref().map_or(0, |(program, _)| program.vocab) as usize;
+        let backend = report::plan::backend_json(loaded.backend.as_ref());
+        let model = report::model::json(&loaded.manifest, &loaded.model);
+        let decoder = loaded.prepare()?;
+        let sequence = SequenceId(0);
+        let (mut argmax, mut logits) = ([0u32], vec![0f32; if greedy { 0 } else { vocab }]);
+        let want = if greedy { Want::ArgMax } else { Want::Logits };
+        let mut out = Outputs {
+            argmax: if greedy { &mut argmax } else { &mut [] },
+            logits: &mut logits,
+        };
+        for token in &prompt {
+            sampler.accept(*token);
+        }
+        let started = Instant::now();
+        if self.n > 0 {
+            decoding::prefill(
+                decoder,
+                sequence,
+                &prompt,
+                capacity.max_batch_tokens as usize,
+                want,
+                &mut out,
+            )?;
+        }
+        let prompt_time = started.elapsed();
+
+        let mut stdout = std::io::stdout().lock();
+        let mut stream = tokenizer.decode_stream(DecodeOptions::default());
+        let mut text = String::new();
+        let mut tokens = Vec::new();
+        let mut stop = Stop::Length;
+        let started = Instant::now();
+        while (tokens.len() as u32) < self.n {
+            if interrupted() {
+                return Err(BackendError::Cancelled.into());
+            }
+            let position = prompt.len() + tokens.len();
+            let token = if greedy {
+                out.argmax[0]
+            } else {
+                sampler.sample(out.logits, position as u64)?
+            };
+            if tokenizer.is_end_of_generation(token) && !self.ignore_end {
+                stop = Stop::End;
+                break;
+            }
+            tokens.push(token);
+            sampler.accept(token);
+            let before = text.len();
+            stream.push(token, &mut text)?;
+            if !json {
+                stdout.write_all(&text.as_bytes()[before..])?;
+                stdout.flush()?;
+            }
+            if position + 1 >= positions {
+                stop = Stop::Context;
+                break;
+            }
+            if (tokens.len() as u32) < self.n {
+                decoding::step(decoder, sequence, token, want, &mut out)?;
+            }
+        }
+        let decode_time = started.elapsed();
+        let before = text.len();
+        stream.finish(&mut text);
+        if json {
+            print_json(&json!({
+                "schema": "hoist.generate/1",
+                "model": model,
+                "backend": backend,
+                "prompt_tokens": prompt.len(),
+                "tokens": tokens,
+                "text": text,
+                "stop": stop.name(),
+                "timing": {
+                    "load_ms": units::ms(load_time),
+                    "prompt_ms": units::ms(prompt_time),
+                    "decode_ms": units::ms(decode_time),
+                    "prompt_tok_s": units::rounded(prompt.len() as f64 / prompt_time.as_secs_f64().max(1e-9), 2),
+                    "decode_tok_s": units::rounded(tokens.len() as f64 / decode_time.as_secs_f64().max(1e-9), 2),
+                },
+            }))?;
+        } else {
+            stdout.write_all(&text.as_bytes()[before..])?;
+            stdout.write_all(b"\n")?;
+            stdout.flush()?;
+            if let Stop::Context = stop {
+                eprintln!("note: the context of {positions} tokens is full; --context makes it larger");
+            }
+        }
+        Ok(Code::Ok)
+    }
+
+    fn prompt_tokens(
+        &self,
+        tokenizer: &Tokenizer,
+        manifest: &hoist_core::formats::Manifest,
+    ) -> Result<Vec<u32>> {
+        let text = self.prompt_text()?;
+        if !self.chat {
+            let options = EncodeOptions {
+                add_special: true,
+                parse_special: false,
+            };
+            return decoding::encode(tokenizer, &text, options);
+        }
+        let template = ChatTemplate::from_manifest(manifest)?
+            .ok_or_else(|| Usage("--chat: the model has no chat template".into()))?;
+        let mut messages = Vec::new();
+        messages.extend(self.system.as_ref().map(|text| ChatMessage::new("system", text)));
+        messages.push(ChatMessage::new("user", text));
+        let rendered = template.render(&messages, &RenderOptions::for_tokenizer(tokenizer))?;
+        // A template that writes the first token itself does not get it twice.
+        let begins = tokenizer
+            .bos_text()
+            .is_some_and(|bos| !bos.is_empty() && rendered.starts_with(bos));
+        let options = EncodeOptions {
+            add_special: !begins,
+            parse_special: true,
+        };
+        decoding::encode(tokenizer, &rendered, options)
+    }
+
+    fn prompt_text(&self) -> Result<String> {
+        /// No model's context holds more.
+        const MAX_PROMPT: u64 = 64 << 20;
+        let read = |from: &mut dyn std::io::Read| {
+            let mut text = String::new();
+            from.take(MAX_PROMPT).read_to_string(&mut text).map(|_| text)
+        };
+        match (&self.prompt, &self.prompt_file) {
+            (Some(dash), _) if dash == "-" => {
+                read(&mut std::io::stdin().lock()).context("reading standard input")
+            }
+            (Some(text), _) => Ok(text.clone()),
+            (None, Some(path)) => std::fs::File::open(path)
+                .and_then(|mut file| read(&mut file))
+                .with_context(|| format!("reading `{}`", path.display())),
+            (None, None) => Err(Usage("there is no prompt".into()).into()),
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! What the commands that decode share: text to tokens, a model ready to run, tokens through it in chunks.
+
+use anyhow::Result;
+use hoist_core::backend::{DecodeBackend, Outputs, Run, SequenceId, TokenBatch, Want};
+use hoist_core::orchestrator::{DecodeOptions, LoadedModel, OpenedModel, SessionOptions};
+use hoist_core::text::{EncodeOptions, Tokenizer};
+
+use crate::args::DeviceArgs;
+use crate::backends;
+use crate::exit::Usage;
+use crate::watch::{Bar, interrupted};
+
+/// Loads a model so that it can decode.
+pub(crate) fn load(opened: OpenedModel, device: &DeviceArgs, decode: DecodeOptions) -> Result<LoadedModel> {
+    let bar = Bar::new();
+    let backend = backends::select(device)?.open(&device.open_options())?;
+    let options = SessionOptions {
+        decode: Some(decode),
+        verify: false,
+        import: device.import,
+        watch: &bar,
+    };
+    Ok(opened.load(backend, &options)?)
+}
+
+/// The tokens of a prompt; at least one.
+pub(crate) fn encode(tokenizer: &Tokenizer, text: &str, options: EncodeOptions) -> Result<Vec<u32>> {
+    let tokens = tokenizer.encode(text, options)?;
+    if tokens.is_empty() {
+        return Err(
+            Usage("the prompt is empty, and this model begins with no token of its own".into()).into(),
+        );
+    }
+    Ok(tokens)
+}
+
+/// Makes room for `tokens` positions where the user asked for no context: the model's own limit stays one.
+pub(crate) fn widen(decode: &mut DecodeOptions, opened: &OpenedModel, tokens: usize) {
+    let wanted = u32::try_from(tokens).unwrap_or(u32::MAX);
+    let default = opened.capacity(decode).max_context;
+    if decode.context.is_none() && wanted > default {
+        decode.context = Some(wanted.min(opened.model.hyper.context_length));
+    }
+}
+
+/// Appends tokens to a sequence, `chunk` at a time. The last one yields what `want` says; the others nothing.
+pub(crate) fn prefill(
+    decoder: &mut dyn DecodeBackend,
+    sequence: SequenceId,
+    tokens: &[u32],
+    chunk: usize,
+    want: Want,
+    out: &mut Outputs<'_>,
+) -> Result<()> {
+    let mut wants = vec![Want::Nothing; chunk.min(tokens.len())];
+    let chunks = tokens.len().div_ceil(chunk);
+    for (i, tokens) in tokens.chunks(chunk).enumerate() {
+        if interrupted() {
+            return Err(hoist_core::backend::Error::Cancelled.into());
+        }
+        let wants = &mut wants[..tokens.len()];
+        let last = i + 1 == chunks;
+        wants[tokens.len() - 1] = if last { want } else { Want::Nothing };
+        let runs = [Run {
+            sequence,
+            tokens,
+            want: wants,
+        }];
+        let mut nothing = Outputs {
+            argmax: &mut [],
+            logits: &mut [],
+        };
+        decoder.forward(
+            &TokenBatch { runs: &runs },
+            if last { &mut *out } else { &mut nothing },
+        )?;
+        wants[tokens.len() - 1] = Want::Nothing;
+    }
+    Ok(())
+}
+
+/// One token through a sequence.
+pub(crate) fn step(
+    decoder: &mut dyn DecodeBackend,
+    sequence: SequenceId,
+    token: u32,
+    want: Want,
+    out: &mut Outputs<'_>,
+) -> Result<(), hoist_core::backend::Error> {
+    let (tokens, want) = ([token], [want]);
+    let runs = [Run {
+        sequence,
+        tokens: &tokens,
+        want: &want,
+    }];
+    decoder.forward(&TokenBatch { runs: &runs }, out)
+}
+
+/// Seconds of a list of runs as a rate: median, least and most, in `tokens` a second.
+pub(crate) struct Rate {
+    pub(crate) median: f64,
+    pub(crate) min: f64,
+    pub(crate) max: f64,
+}
+
+impl Rate {
+    pub(crate) fn of(seconds: &[f64], tokens: f64) -> Self {
+        let mut rates: Vec<f64> = seconds.iter().map(|s| tokens / s.max(1e-9)).collect();
+        rates.sort_by(f64::total_cmp);
+        let at = |i: usize| rates.get(i).copied().unwrap_or(f64::NAN);
+        let n = rates.len();
+        Self {
+            median: (at(n.saturating_sub(1) / 2) + at(n / 2)) / 2.0,
+            min: at(0),
+            max: at(n.saturating_sub(1)),
+        }
+    }
+
+    pub(crate) fn json(&self) -> serde_json::Value {
+        let r = |x| crate::report::units::rounded(x, 3);
+        serde_json::json!({ "median": r(self.median), "min": r(self.min), "max": r(self.max) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_has_a_median_and_its_extremes() {
+        let odd = Rate::of(&[0.5, 0.1, 0.25], 1.0);
+        assert_eq!((odd.median, odd.min, odd.max), (4.0, 2.0, 10.0));
+        let even = Rate::of(&[0.5, 0.1, 0.25, 0.5], 1.0);
+        assert_eq!(even.median, 3.0);
+    }
+}
