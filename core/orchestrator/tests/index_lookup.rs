@@ -1,6 +1,7 @@
 //! Looking a weight up takes the same time however many layers there are, and allocates nothing.
 //!
 //! `cargo test --release -p hoist-orchestrator --test index_lookup -- --nocapture` prints the times.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
