@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod goldens;
+mod header;
 
 use std::path::Path;
 
@@ -20,11 +21,14 @@ struct Arguments {
 enum Task {
     /// Regenerate the golden vectors of the numerics contract (needs python3 with gguf 0.19.0 and numpy).
     Goldens(goldens::Arguments),
+    /// Generate `include/hoist_plugin.h` from the Rust crate `hoist-plugin-abi`.
+    Header(header::Arguments),
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().task {
         Task::Goldens(arguments) => goldens::run(&arguments),
+        Task::Header(arguments) => header::run(&arguments),
     }
 }
 

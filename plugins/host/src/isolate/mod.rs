@@ -95,7 +95,9 @@ impl Worker {
         };
         let deadline = Some(Instant::now() + isolation.limit);
         if let Err(e) = send_file(&state.stream, &state.shared) {
-            return Err(fail(state.give_up(&Silence::Gone, isolation.limit) + ": " + &e.to_string()));
+            return Err(fail(
+                state.give_up(&Silence::Gone, isolation.limit) + ": " + &e.to_string(),
+            ));
         }
         if let Err(silence) = wire::receive(&state.stream, &mut state.reply, deadline) {
             return Err(fail(state.give_up(&silence, isolation.limit)));
@@ -152,7 +154,11 @@ impl Worker {
         let mut body = std::mem::take(&mut state.request);
         body.clear();
         if let Err(e) = encode(&mut body, &mut state.shared) {
-            return refuse(record, Status::OUT_OF_HOST_MEMORY, &format!("sharing memory: {e}"));
+            return refuse(
+                record,
+                Status::OUT_OF_HOST_MEMORY,
+                &format!("sharing memory: {e}"),
+            );
         }
         body.put(state.shared.len() as u64);
         body.put(entry as u32);
@@ -184,7 +190,11 @@ impl Worker {
             Some(status)
         })();
         understood.unwrap_or_else(|| {
-            let reason = format!("`{}`: {}", entry.name(), state.give_up(&Silence::Nonsense, self.limit));
+            let reason = format!(
+                "`{}`: {}",
+                entry.name(),
+                state.give_up(&Silence::Nonsense, self.limit)
+            );
             state.lost = Some(reason.clone());
             refuse(record, Status::DEVICE_LOST, &reason)
         })
@@ -195,7 +205,10 @@ impl WorkerState {
     /// Ends the worker, waits for it, and says why.
     fn give_up(&mut self, silence: &Silence, limit: Duration) -> String {
         let reason = match silence {
-            Silence::TimedOut => format!("no answer within {} ms; its worker process was ended", limit.as_millis()),
+            Silence::TimedOut => format!(
+                "no answer within {} ms; its worker process was ended",
+                limit.as_millis()
+            ),
             Silence::Nonsense => "its worker process answered nonsense and was ended".to_owned(),
             // It is ending: how, it tells itself.
             Silence::Gone => match wait(&mut self.child, END_LIMIT) {

@@ -13,7 +13,11 @@ use super::{CURRENT, Entry, refuse};
 pub(super) fn table(entries: u32) -> Plugin {
     macro_rules! present {
         ($entry:ident $f:ident) => {
-            if entries >> Entry::$entry as u32 & 1 == 1 { Some($f as _) } else { None }
+            if entries >> Entry::$entry as u32 & 1 == 1 {
+                Some($f as _)
+            } else {
+                None
+            }
         };
     }
     Plugin {
@@ -124,7 +128,11 @@ unsafe extern "C" fn device_open(
     // SAFETY: the caller's struct, as the module says.
     let options = unsafe { options.read() };
     if options.flags & abi::OPTION_IMPORT != 0 {
-        return refuse(error, Status::UNSUPPORTED, "a plugin in its own process cannot import mappings");
+        return refuse(
+            error,
+            Status::UNSUPPORTED,
+            "a plugin in its own process cannot import mappings",
+        );
     }
     exchange(
         Entry::DeviceOpen,

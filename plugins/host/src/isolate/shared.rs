@@ -61,7 +61,10 @@ impl Shared {
     /// Maps it anew after the other end has made it longer.
     pub(super) fn remap(&mut self, len: usize) -> io::Result<()> {
         let start = map(&self.file, len)?;
-        let old = (std::mem::replace(&mut self.start, start), std::mem::replace(&mut self.len, len));
+        let old = (
+            std::mem::replace(&mut self.start, start),
+            std::mem::replace(&mut self.len, len),
+        );
         unmap(old.0, old.1);
         Ok(())
     }

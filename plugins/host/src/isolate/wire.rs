@@ -144,11 +144,7 @@ pub(super) fn receive(
     Ok(())
 }
 
-fn read_exact(
-    mut stream: &UnixStream,
-    mut out: &mut [u8],
-    deadline: Option<Instant>,
-) -> Result<(), Silence> {
+fn read_exact(mut stream: &UnixStream, mut out: &mut [u8], deadline: Option<Instant>) -> Result<(), Silence> {
     while !out.is_empty() {
         stream
             .set_read_timeout(remaining(deadline)?)
