@@ -165,7 +165,9 @@ impl OpenedModel {
             done: 0,
             total: 0,
         });
-        let program = match &options.decode {
+        // A backend that only holds weights has no workspace to prepare.
+        let decodes = backend.info().ops.iter().next().is_some();
+        let program = match options.decode.as_ref().filter(|_| decodes) {
             Some(decode) => {
                 let capacity = self.capacity(decode);
                 Some((self.program(capacity)?, capacity))
@@ -257,15 +259,15 @@ impl LoadedModel {
     /// loaded without a workspace; what `prepare` returns.
     pub fn prepare(&mut self) -> Result<&mut dyn DecodeBackend> {
         let name = self.backend.info().name.clone();
-        let Some((program, _)) = &self.program else {
-            return Err(ContractError::invalid("decode options", "a context to decode in", "none").into());
-        };
         let Some(decoder) = self.backend.as_decode() else {
             return Err(ContractError::Unsupported {
                 backend: name,
                 what: UnsupportedWhat::Call("prepare"),
             }
             .into());
+        };
+        let Some((program, _)) = &self.program else {
+            return Err(ContractError::invalid("decode options", "a context to decode in", "none").into());
         };
         decoder.prepare(program)?;
         Ok(decoder)
