@@ -119,8 +119,8 @@ static hoist_status load_begin(hoist_handle handle, const hoist_plan *plan, hois
 
 /* Whether the range is whole blocks inside a tensor. */
 static int is_range(const device *d, uint32_t tensor, uint64_t offset, uint64_t len) {
-    const weight *w = &d->weights[tensor];
-    return tensor < d->count && hoist_is_range(w->nbytes, w->granule, offset, len);
+    return tensor < d->count
+        && hoist_is_range(d->weights[tensor].nbytes, d->weights[tensor].granule, offset, len);
 }
 
 static hoist_status upload(hoist_handle load, const hoist_chunk *chunk, hoist_error *error) {
