@@ -309,3 +309,11 @@ HOIST_PLUGIN_EXPORT hoist_status hoist_plugin_open_v1(const hoist_host *host, ui
     text.truncate(text.trim_end().len());
     text
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_committed_header_is_what_the_types_say() {
+        super::run(&super::Arguments { check: true }).expect("`cargo xtask header` was run");
+    }
+}

@@ -109,7 +109,7 @@ impl PluginBackend {
                 }
                 _ => Error::Unavailable {
                     backend: provider.to_owned(),
-                    reason: failure.explain(),
+                    reason: format!("`device_open`: {}", failure.explain()),
                     hint: None,
                 },
             })?;
@@ -232,10 +232,11 @@ impl PluginBackend {
         let record = &failure.record;
         match failure.status {
             Status::DEVICE_LOST | Status::PANIC => {
-                self.poisoned = Some(explained.clone());
+                let reason = format!("`{call}` of {}: {}", self.info.name, failure.explain());
+                self.poisoned = Some(reason.clone());
                 Error::DeviceLost {
                     device: self.info.device.clone(),
-                    reason: explained,
+                    reason,
                 }
             }
             Status::OUT_OF_DEVICE_MEMORY | Status::OUT_OF_HOST_MEMORY => {
@@ -370,13 +371,12 @@ impl PluginBackend {
 
 /// A failed call of which nothing but the loss of the device is expected.
 fn lost_or_internal(backend: &str, device: &str, call: &str, failure: &Failure) -> Error {
-    let reason = format!("`{call}`: {}", failure.explain());
     match failure.status {
         Status::DEVICE_LOST | Status::PANIC => Error::DeviceLost {
             device: device.to_owned(),
-            reason,
+            reason: format!("`{call}` of {backend}: {}", failure.explain()),
         },
-        _ => Error::internal(backend, reason),
+        _ => Error::internal(backend, format!("`{call}`: {}", failure.explain())),
     }
 }
 

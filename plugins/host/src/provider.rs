@@ -83,7 +83,7 @@ impl PluginProvider {
         self.loaded
             // SAFETY: `info` and the record are valid for the call.
             .call(|record| unsafe { f(ordinal, &mut info, record) })
-            .map_err(|failure| self.internal(failure.explain()))?;
+            .map_err(|failure| self.internal(format!("`device_info`: {}", failure.explain())))?;
         let string = |field: &[u8], what| {
             text(field).ok_or_else(|| {
                 self.internal(format!(
@@ -126,7 +126,7 @@ impl Provider for PluginProvider {
             .call(|record| unsafe { f(&mut count, record) })
             .map_err(|failure| BackendError::Unavailable {
                 backend: self.name.clone(),
-                reason: failure.explain(),
+                reason: format!("`device_count`: {}", failure.explain()),
                 hint: None,
             })?;
         if count > MAX_DEVICES {

@@ -167,8 +167,8 @@ impl Worker {
         state.request = body;
         let received = sent.and_then(|()| wire::receive(&state.stream, &mut state.reply, deadline));
         if let Err(silence) = received {
-            let reason = format!("`{}`: {}", entry.name(), state.give_up(&silence, self.limit));
-            state.lost = Some(reason.clone());
+            let reason = state.give_up(&silence, self.limit);
+            state.lost = Some(format!("`{}`: {reason}", entry.name()));
             return if entry.gives_back() {
                 Status::OK
             } else {
