@@ -14,6 +14,7 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -83,6 +84,8 @@ impl Worker {
             .arg(&candidate.sha256)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
+            // An interrupt from the terminal is the host's to handle.
+            .process_group(0)
             .spawn()
             .map_err(|e| fail(format!("`{}` does not start: {e}", isolation.program.display())))?;
         let mut state = WorkerState {
