@@ -442,8 +442,11 @@ fn corpus_is_documented() -> Outcome {
     Ok(())
 }
 
-/// Names, encodings, shapes and bytes of all tensors, by name.
-fn contents(manifest: &Manifest) -> Result<Vec<(String, Encoding, Vec<u64>, Vec<u8>)>, Failed> {
+/// Name, encoding, shape and bytes of a tensor.
+type Content = (String, Encoding, Vec<u64>, Vec<u8>);
+
+/// Contents of all tensors, by name.
+fn contents(manifest: &Manifest) -> Result<Vec<Content>, Failed> {
     let mut out = Vec::new();
     for t in &manifest.tensors {
         let bytes = manifest.read_tensor(t, u64::MAX)?;

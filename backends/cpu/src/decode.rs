@@ -223,14 +223,14 @@ impl<'a> FloatMatrix<'a> {
         match (self.layout, self.encoding) {
             (FloatLayout::OutIn, Encoding::F16) => float_rows::<f16>(level, bytes, shape.1, rows, x, out, to),
             (FloatLayout::OutIn, Encoding::BF16) => {
-                float_rows::<bf16>(level, bytes, shape.1, rows, x, out, to)
+                float_rows::<bf16>(level, bytes, shape.1, rows, x, out, to);
             }
             (FloatLayout::OutIn, _) => float_rows::<f32>(level, bytes, shape.1, rows, x, out, to),
             (FloatLayout::InOut, Encoding::F16) => {
-                float_columns::<f16>(level, bytes, shape, rows, x, out, to)
+                float_columns::<f16>(level, bytes, shape, rows, x, out, to);
             }
             (FloatLayout::InOut, Encoding::BF16) => {
-                float_columns::<bf16>(level, bytes, shape, rows, x, out, to)
+                float_columns::<bf16>(level, bytes, shape, rows, x, out, to);
             }
             (FloatLayout::InOut, _) => float_columns::<f32>(level, bytes, shape, rows, x, out, to),
         }

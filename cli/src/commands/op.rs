@@ -587,7 +587,7 @@ fn plan(backend: &dyn WeightBackend, weights: &[Weight]) -> LoadPlan {
             } else {
                 0
             };
-            let resident_bytes = nbytes.next_multiple_of(sizing.weight_alignment) + beside;
+            let resident_bytes = (nbytes + beside).next_multiple_of(sizing.weight_alignment);
             *resident.class_mut(w.class) += resident_bytes;
             WeightPlan {
                 id: WeightId(i as u32),

@@ -1,4 +1,5 @@
 //! Readers and writers against the Python packages `gguf` and `safetensors`, which share no code with them.
+#![allow(clippy::unwrap_used, reason = "a test ends with the first error")]
 
 use std::process::Command;
 

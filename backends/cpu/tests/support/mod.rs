@@ -162,7 +162,8 @@ impl Model {
             file.write_all(&w.bytes).unwrap();
             at = start + w.bytes.len() as u64;
             let side = if w.class == WeightClass::Quantized {
-                w.shape.matrices * w.shape.rows * 2
+                // Two bytes a row, and two more for each of its segments.
+                w.shape.matrices * w.shape.rows * (2 + 2 * w.shape.cols.div_ceil(256))
             } else {
                 0
             };
