@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tokens a second of Hoist and of llama.cpp, interleaved in one run.
 
-    python3 scripts/compare/speed.py HOIST MODEL.gguf[:PROMPT:DECODE]... [--samples 5] [--out OUT.json]
+    python3 scripts/compare/speed.py HOIST MODEL.gguf[:PROMPT:DECODE]... [--samples 5] [--cpu-samples 3] [--out OUT.json]
 
 Three contestants take turns, in an order that rotates: Hoist (`bench decode`, a fresh process with one measured run),
 the package's server (timings it reports for a completion, no cache of prompts), and llama.cpp in a bare loop over its C
@@ -11,6 +11,7 @@ tokens and threads for all, f16 caches. Each is measured once before, and that i
 
 import argparse
 import json
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -73,6 +74,50 @@ class BareLoop:
         return prompt / (middle - begin), decode / (end - middle)
 
 
+def child_seconds(command: list[str]) -> float:
+    """Processor time of a process, its start and its work."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime  # without the kernel's part, which is the loading of pages
+
+
+def hoist_cpu(program: str, file: str, prompt: int, decode: int) -> float:
+    """User seconds of one prompt and what follows, without loading and warming up."""
+    command = [program, "bench", "decode", file, "--threads", "1", "--json", "-p", str(prompt), "-n", str(decode)]
+    return (child_seconds([*command, "--runs", "3"]) - child_seconds([*command, "--runs", "1"])) / 2
+
+
+def bare_loop_cpu(model: Model, prompt: int, decode: int) -> float:
+    model.reset()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    model.decode(tokens(prompt))
+    for _ in range(decode):
+        model.decode([int(np.argmax(model.logits()))])
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return after.ru_utime - before.ru_utime
+
+
+def cpu_time(program: str, file: str, prompt: int, decode: int, samples: int) -> dict:
+    model = Model(file, 1, (prompt + decode + 255) // 256 * 256)
+    bare_loop_cpu(model, 16, 4)
+    rates = {name: {"prompt": [], "decode": []} for name in ("hoist", "llama_cpp_bare_loop")}
+    for _ in range(samples):
+        for name in rates:
+            one = (lambda p, n: hoist_cpu(program, file, p, n)) if name == "hoist" else (lambda p, n: bare_loop_cpu(model, p, n))
+            first, both = one(prompt, 1), one(prompt, decode + 1)
+            rates[name]["prompt"].append(prompt / first)  # with one token decoded
+            rates[name]["decode"].append(decode / max(both - first, 1e-9))
+            print(f"{Path(file).name} {name}, one thread's time: prompt {prompt / first:.1f}, decode {rates[name]['decode'][-1]:.1f}", flush=True)
+    model.close()
+    result = {name: {f"{phase}_tok_per_cpu_s": summary(values) for phase, values in both.items()} for name, both in rates.items()}
+    for phase in ("prompt", "decode"):
+        result[f"hoist_over_llama_cpp_bare_loop_{phase}"] = round(
+            float(np.median(rates["hoist"][phase]) / np.median(rates["llama_cpp_bare_loop"][phase])), 3
+        )
+    return {"threads": 1, "prompt_tokens": prompt, "decode_tokens": decode, **result}
+
+
 def tokens(count: int) -> list[int]:
     """Ordinary token ids, none of them special in the models compared."""
     return [1000 + (i * 7919) % 20000 for i in range(count)]
@@ -87,7 +132,7 @@ def summary(values: list[float]) -> dict:
     }
 
 
-def measure(program: str, argument: str, samples: int) -> dict:
+def measure(program: str, argument: str, samples: int, cpu_samples: int) -> dict:
     file, prompt, decode = argument, 128, 128
     if argument.count(":") >= 2:
         file, p, d = argument.rsplit(":", 2)
@@ -129,6 +174,8 @@ def measure(program: str, argument: str, samples: int) -> dict:
                 "by_round": [round(r, 3) for r in ratios],
             }
     contestants["llama_cpp_bare_loop"].model.close()
+    if cpu_samples:
+        result["cpu_time"] = cpu_time(program, file, prompt // 2, decode // 2, cpu_samples)
     return result
 
 
@@ -137,11 +184,12 @@ def main() -> None:
     parser.add_argument("hoist")
     parser.add_argument("models", nargs="+")
     parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--cpu-samples", type=int, default=3)
     parser.add_argument("--out")
     arguments = parser.parse_args()
     result = {"schema": "hoist.compare.speed/1", **describe(), "models": []}
     for model in arguments.models:
-        result["models"].append(measure(arguments.hoist, model, arguments.samples))
+        result["models"].append(measure(arguments.hoist, model, arguments.samples, arguments.cpu_samples))
         if arguments.out:
             Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
