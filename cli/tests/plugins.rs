@@ -1,4 +1,5 @@
 //! Plugins as a user meets them: what loads, what is refused and how, and that the program outlives what they do.
+#![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

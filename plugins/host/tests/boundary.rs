@@ -1,18 +1,14 @@
 //! What crossing the boundary costs and leaves behind: copies, time, threads, descriptors, memory, processes.
 //!
 //! The test program is its own worker process, and its own child for faults that the environment chooses.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed step fails the test"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use hoist_backend::{
-    Chunk, Encoding, Error, FloatLayout, LoadPlan, MemoryByClass, OpenOptions, Provider, Role, Shape, State,
+    Chunk, Encoding, Error, FloatLayout, LoadPlan, MemoryByClass, OpenOptions, Provider, Role, Shape,
     ValueChange, WeightBackend, WeightClass, WeightId, WeightPlan,
 };
 use hoist_plugin_host::{Candidate, Isolation, PluginProvider, Probe, open, open_isolated, serve};
@@ -340,7 +336,6 @@ fn out_of_order(library: &Path) {
         backend.unload().unwrap();
         load_and_read(backend.as_mut(), &[3]);
     }
-    let _ = State::Empty;
 }
 
 fn chunks(library: &Path) {

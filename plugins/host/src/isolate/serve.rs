@@ -97,12 +97,7 @@ fn end_with_the_host(stream: &UnixStream) -> std::io::Result<()> {
     let stream = stream.try_clone()?;
     std::thread::Builder::new().spawn(move || {
         let mut fds = [PollFd::new(&stream, PollFlags::empty())];
-        loop {
-            match poll(&mut fds, None) {
-                Err(rustix::io::Errno::INTR) => {}
-                _ => break,
-            }
-        }
+        while poll(&mut fds, None) == Err(rustix::io::Errno::INTR) {}
         // The loop of answers sees it too and may end in its own way first.
         std::thread::sleep(super::END_LIMIT);
         // It cannot fail for the process itself.
