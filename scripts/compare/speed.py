@@ -3,8 +3,8 @@
 
     python3 scripts/compare/speed.py HOIST MODEL.gguf[:PROMPT:DECODE]... [--samples 5] [--cpu-samples 3] [--out OUT.json]
 
-Three contestants take turns, in an order that rotates: Hoist (`bench decode`, a fresh process with one measured run),
-the package's server (timings it reports for a completion, no cache of prompts), and llama.cpp in a bare loop over its C
+Four contestants take turns, in an order that rotates: Hoist (`bench decode`, a fresh process with one measured run),
+Hoist on one thread, the package's server (timings it reports for a completion, no cache of prompts), and llama.cpp in a bare loop over its C
 interface with the arg-max as sampler (`llama_cpp.py`), which is what a native program would do. The same numbers of
 tokens and threads for all, f16 caches. Each is measured once before, and that is thrown away.
 """
@@ -24,8 +24,8 @@ THREADS = 2
 
 
 class Hoist:
-    def __init__(self, program: str, file: str):
-        self.command = [program, "bench", "decode", file, "--threads", str(THREADS), "--runs", "1", "--json"]
+    def __init__(self, program: str, file: str, threads: int = THREADS):
+        self.command = [program, "bench", "decode", file, "--threads", str(threads), "--runs", "1", "--json"]
         self.bandwidth = []
 
     def sample(self, prompt: int, decode: int) -> tuple[float, float]:
@@ -140,6 +140,7 @@ def measure(program: str, argument: str, samples: int, cpu_samples: int) -> dict
     context = (prompt + decode + 255) // 256 * 256
     contestants = {
         "hoist": Hoist(program, file),
+        "hoist_one_thread": Hoist(program, file, threads=1),  # shows what waiting at barriers costs on a busy machine
         "llama_cpp_server": Server(file, context),
         "llama_cpp_bare_loop": BareLoop(file, context),
     }
@@ -166,7 +167,7 @@ def measure(program: str, argument: str, samples: int, cpu_samples: int) -> dict
         rates = list(zip(*taken[name]))
         result[name] = {"prompt_tok_s": summary(rates[0]), "decode_tok_s": summary(rates[1])}
     for phase in ("prompt_tok_s", "decode_tok_s"):
-        for peer in names[1:]:
+        for peer in ("llama_cpp_server", "llama_cpp_bare_loop"):
             ratios = [a / b for a, b in zip(result["hoist"][phase]["samples"], result[peer][phase]["samples"])]
             result[f"hoist_over_{peer}_{phase.removesuffix('_tok_s')}"] = {
                 "of_medians": round(result["hoist"][phase]["median"] / result[peer][phase]["median"], 3),
