@@ -113,8 +113,7 @@ fn cargo_built(package: &str) -> PathBuf {
         .filter(|message| message["reason"] == "compiler-artifact")
         .flat_map(|message| message["filenames"].as_array().cloned().unwrap_or_default())
         .filter_map(|file| Some(PathBuf::from(file.as_str()?)))
-        .filter(|file| file.extension().is_some_and(|e| e == "so"))
-        .next_back()
+        .rfind(|file| file.extension().is_some_and(|e| e == "so"))
         .expect("a shared library")
 }
 

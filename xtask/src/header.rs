@@ -36,7 +36,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             .lines()
             .zip(header.lines())
             .position(|(a, b)| a != b)
-            .map_or_else(|| committed.lines().count().min(header.lines().count()), |l| l);
+            .unwrap_or_else(|| committed.lines().count().min(header.lines().count()));
         bail!(
             "{PATH} is not what hoist-plugin-abi says, from line {} on; run `cargo xtask header`",
             line + 1
