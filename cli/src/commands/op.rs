@@ -26,6 +26,7 @@ pub(crate) struct Op {
 }
 
 #[derive(Debug, Subcommand)]
+#[command(rename_all = "snake_case")]
 enum Name {
     /// Y = W · X: weights [rows, cols], vectors [n, cols] to [n, rows]
     Matmul(Matmul),

@@ -10,4 +10,5 @@ mod formats;
 mod help;
 mod interrupted;
 mod load;
+mod op;
 mod support;
