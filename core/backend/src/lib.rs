@@ -66,6 +66,7 @@ mod memory;
 mod plan;
 mod program;
 mod push;
+mod resolved;
 mod role;
 mod source;
 mod traits;
@@ -87,6 +88,7 @@ pub use program::{
     ValueSpec, WeightRef,
 };
 pub use push::push_all;
+pub use resolved::{MAX_COLS, ResolvedProgram, Step, StepKind, Value, Weight, WeightFacts};
 pub use role::Role;
 pub use source::{
     FileIdentity, LoadReceipt, LoadWatch, Mapping, Phase, Progress, SourceFile, Unwatched, WeightSource,
