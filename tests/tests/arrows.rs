@@ -32,16 +32,23 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("hoist-cpu", &["hoist-backend", "hoist-quant"]),
+    ("hoist-cuda", &["hoist-backend", "hoist-quant"]),
     ("hoist-synth", &["hoist-backend", "hoist-formats"]),
     ("hoist-plugin-abi", &[]),
     ("hoist-plugin-host", &["hoist-backend", "hoist-plugin-abi"]),
     ("hoist-plugin-sdk", &["hoist-backend", "hoist-plugin-abi"]),
     ("hoist-plugin-cpu", &["hoist-plugin-sdk", "hoist-cpu"]),
+    ("hoist-plugin-faulty", &["hoist-plugin-sdk", "hoist-cpu"]),
     ("hoist-plugin-rust-minimal", &["hoist-plugin-sdk"]),
     // The oracle shares no code with a backend, nor with the decoder that a backend uses.
     (
         "hoist-conformance",
-        &["hoist-backend", "hoist-formats", "hoist-model"],
+        &[
+            "hoist-backend",
+            "hoist-formats",
+            "hoist-model",
+            "hoist-plugin-abi",
+        ],
     ),
 ];
 
