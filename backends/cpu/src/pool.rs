@@ -1,41 +1,81 @@
-//! Threads for steps that are too short for a general pool: workers spin between jobs and sleep when none comes.
+//! Threads for steps that are too short for a general pool.
+//!
+//! A run is a number of tickets on a shared counter: whoever is there takes the next, the caller too, and each is run once. A
+//! worker that the system has put aside before it joined is not waited for, since its share is nobody's in particular; one
+//! that is put aside within a ticket is, and the caller sleeps until it is done. Others that compete for the processors thus
+//! cost what they take and no more. Workers spin between runs for as long as runs lie apart within a decode step, then sleep.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use hoist_backend::{Error, Result};
 
-/// Turns of a worker's loop before it sleeps: a fraction of a millisecond, longer than what lies between two operations.
+/// Turns of a waiting loop before it sleeps: a fraction of a millisecond, longer than what lies between two operations.
 const SPINS: u32 = 1 << 14;
 
 /// As [`SPINS`] where there are more threads than processors: whoever spins keeps another from working.
 const SPINS_CROWDED: u32 = 1 << 6;
 
-/// What every thread runs, given its number.
-struct Job<'a>(&'a (dyn Fn(usize) + Sync));
+/// A worker that keeps the caller waiting for so many of the caller's own tickets was not at work all that time.
+const LATE_TICKETS: u32 = 8;
+
+/// ... if it was at least this long: what waking up takes is no sign of anything.
+const LATE_AT_LEAST: Duration = Duration::from_micros(500);
+
+/// After waiting in vain the caller works alone for so many times as long, so that waiting costs at most a small part.
+const ALONE: u32 = 16;
+
+/// Tickets of one run, on the stack of the thread that asked for it.
+struct Run<'a> {
+    /// Given the thread's number and the ticket.
+    job: &'a (dyn Fn(usize, usize) + Sync),
+    tickets: usize,
+    next: AtomicUsize,
+}
+
+impl Run<'_> {
+    /// Takes tickets until there are none; says how many it took.
+    fn work(&self, thread: usize) -> u32 {
+        let mut taken = 0;
+        loop {
+            let ticket = self.next.fetch_add(1, Ordering::Relaxed);
+            if ticket >= self.tickets {
+                return taken;
+            }
+            (self.job)(thread, ticket);
+            taken += 1;
+        }
+    }
+}
 
 struct Shared {
-    /// Counts jobs; a worker that sees it change runs `job`.
+    /// Odd while a run is open to be joined; each run has a number of its own.
     epoch: AtomicU64,
-    /// The job of this epoch, on the stack of the thread that waits for it.
-    job: AtomicPtr<Job<'static>>,
-    /// Workers that have not finished it.
-    running: AtomicUsize,
+    /// The open run.
+    run: AtomicPtr<Run<'static>>,
+    /// Workers that may be reading it: one counts itself, then looks again whether the run is still open.
+    active: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
     /// Workers that sleep, or are about to.
     sleeping: AtomicUsize,
+    /// The caller sleeps until nobody is active, or is about to.
+    waiting: AtomicBool,
     lock: Mutex<()>,
-    wake: Condvar,
+    opened: Condvar,
+    left: Condvar,
     spins: u32,
 }
 
-/// Threads that run one job together, the caller's among them. They end with the pool.
+/// Threads that run tickets together, the caller's among them. They end with the pool.
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    /// Until when the workers are left alone, since others seem to want the processors.
+    alone_until: Option<Instant>,
 }
 
 impl std::fmt::Debug for Pool {
@@ -44,20 +84,27 @@ impl std::fmt::Debug for Pool {
     }
 }
 
-/// Waits for workers even if the caller's own part unwinds: they still read what it lent them.
-struct Wait<'a>(&'a Shared);
+/// Closes a run and waits for those who joined it, even if the caller's own part unwinds: they still read what it lent them.
+struct Close<'a>(&'a Shared);
 
-impl Drop for Wait<'_> {
+impl Drop for Close<'_> {
     fn drop(&mut self) {
-        let mut turns = 0u32;
-        while self.0.running.load(Ordering::Acquire) != 0 {
-            turns = turns.saturating_add(1);
-            if turns < self.0.spins {
-                std::hint::spin_loop();
-            } else {
-                std::thread::yield_now();
+        let shared = self.0;
+        // Either a worker that counts itself sees this, or the loads below see its count: all are SeqCst.
+        shared.epoch.fetch_add(1, Ordering::SeqCst);
+        for _ in 0..shared.spins {
+            if shared.active.load(Ordering::SeqCst) == 0 {
+                return;
             }
+            std::hint::spin_loop();
         }
+        let mut guard = shared.lock();
+        // Either the last worker to leave sees this and wakes, or the load below sees that it left.
+        shared.waiting.store(true, Ordering::SeqCst);
+        while shared.active.load(Ordering::SeqCst) != 0 {
+            guard = shared.left.wait(guard).unwrap_or_else(|e| e.into_inner());
+        }
+        shared.waiting.store(false, Ordering::Relaxed);
     }
 }
 
@@ -67,18 +114,21 @@ impl Pool {
         let crowded = threads > crate::provider::parallelism();
         let shared = Arc::new(Shared {
             epoch: AtomicU64::new(0),
-            job: AtomicPtr::new(std::ptr::null_mut()),
-            running: AtomicUsize::new(0),
+            run: AtomicPtr::new(std::ptr::null_mut()),
+            active: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             sleeping: AtomicUsize::new(0),
+            waiting: AtomicBool::new(false),
             lock: Mutex::new(()),
-            wake: Condvar::new(),
+            opened: Condvar::new(),
+            left: Condvar::new(),
             spins: if crowded { SPINS_CROWDED } else { SPINS },
         });
         let mut pool = Self {
             shared,
             workers: Vec::with_capacity(threads - 1),
+            alone_until: None,
         };
         for number in 1..threads {
             let shared = pool.shared.clone();
@@ -95,30 +145,39 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Threads that run a job.
+    /// Threads that take tickets.
     pub(crate) fn threads(&self) -> usize {
         self.workers.len() + 1
     }
 
-    /// Runs `job(0)` here and `job(1) …` on the workers; returns when all are done. `&mut`: one job at a time.
-    pub(crate) fn run(&mut self, job: &(dyn Fn(usize) + Sync)) {
-        if self.workers.is_empty() {
-            return job(0);
+    /// Runs `job(thread, ticket)` once for each of `0..tickets`, on whatever threads are free, this one (number 0) among
+    /// them; returns when all are done. `&mut`: one run at a time.
+    pub(crate) fn run(&mut self, tickets: usize, job: &(dyn Fn(usize, usize) + Sync)) {
+        if tickets <= 1 || self.workers.is_empty() || self.is_alone() {
+            return (0..tickets).for_each(|ticket| job(0, ticket));
         }
         let shared = &*self.shared;
-        let lent = Job(job);
+        let run = Run {
+            job,
+            tickets,
+            next: AtomicUsize::new(0),
+        };
         shared
-            .job
-            .store((&raw const lent).cast_mut().cast(), Ordering::Relaxed);
-        shared.running.store(self.workers.len(), Ordering::Relaxed);
+            .run
+            .store((&raw const run).cast_mut().cast(), Ordering::Relaxed);
         shared.epoch.fetch_add(1, Ordering::SeqCst);
         if shared.sleeping.load(Ordering::SeqCst) != 0 {
-            drop(shared.lock.lock().unwrap_or_else(|e| e.into_inner()));
-            shared.wake.notify_all();
+            drop(shared.lock());
+            shared.opened.notify_all();
         }
-        {
-            let _wait = Wait(shared);
-            job(0);
+        let started = Instant::now();
+        let close = Close(shared);
+        let own = run.work(0);
+        let worked = started.elapsed();
+        drop(close);
+        let waited = started.elapsed().saturating_sub(worked);
+        if waited > LATE_AT_LEAST && waited > worked * LATE_TICKETS / own.max(1) {
+            self.alone_until = Some(Instant::now() + waited * ALONE);
         }
         #[expect(
             clippy::panic,
@@ -127,6 +186,14 @@ impl Pool {
         if shared.panicked.swap(false, Ordering::Relaxed) {
             panic!("a worker of the CPU backend panicked");
         }
+    }
+
+    fn is_alone(&mut self) -> bool {
+        let alone = self.alone_until.is_some_and(|until| Instant::now() < until);
+        if !alone {
+            self.alone_until = None;
+        }
+        alone
     }
 
     /// Runs `part` on pieces of `0..n` of `grain` each (the last may be shorter), whoever is free taking the next; gives it
@@ -138,31 +205,18 @@ impl Pool {
         part: &(dyn Fn(usize, std::ops::Range<usize>) + Sync),
     ) {
         let grain = grain.max(1);
-        if n <= grain || self.workers.is_empty() {
-            if n > 0 {
-                part(0, 0..n);
-            }
-            return;
-        }
-        let next = AtomicUsize::new(0);
-        self.run(&|thread| {
-            loop {
-                let start = next.fetch_add(grain, Ordering::Relaxed);
-                if start >= n {
-                    return;
-                }
-                part(thread, start..(start + grain).min(n));
-            }
+        self.run(n.div_ceil(grain), &|thread, ticket| {
+            let start = ticket * grain;
+            part(thread, start..n.min(start + grain));
         });
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
-        drop(self.shared.lock.lock().unwrap_or_else(|e| e.into_inner()));
-        self.shared.wake.notify_all();
+        self.shared.stop.store(true, Ordering::SeqCst);
+        drop(self.shared.lock());
+        self.shared.opened.notify_all();
         for worker in self.workers.drain(..) {
             // A worker catches panics of jobs; there is nothing else to report.
             let _ = worker.join();
@@ -171,45 +225,65 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn work(&self, number: usize) {
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.lock.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn work(&self, thread: usize) {
         let mut seen = 0;
-        loop {
-            seen = self.next_epoch(seen);
-            if self.stop.load(Ordering::Relaxed) {
-                return;
+        while let Some(epoch) = self.next_open(seen) {
+            self.active.fetch_add(1, Ordering::SeqCst);
+            // It may be closed by now, or another one be open: then that is the one to join.
+            seen = self.epoch.load(Ordering::SeqCst);
+            if is_open(seen) {
+                let run = self.run.load(Ordering::Relaxed);
+                // SAFETY: `Pool::run` stored a pointer to a live run before it opened this epoch, and keeps the run alive
+                // until it has closed the epoch and then seen nobody active, which this thread is.
+                let run = unsafe { &*run };
+                if catch_unwind(AssertUnwindSafe(|| run.work(thread))).is_err() {
+                    self.panicked.store(true, Ordering::Relaxed);
+                }
+            } else {
+                seen = epoch;
             }
-            let job = self.job.load(Ordering::Relaxed);
-            // SAFETY: `run` stored a pointer to a live job before it raised the epoch, and keeps the job alive until
-            // `running` is 0, which this thread's share of it is not yet.
-            let job = unsafe { &*job };
-            if catch_unwind(AssertUnwindSafe(|| (job.0)(number))).is_err() {
-                self.panicked.store(true, Ordering::Relaxed);
+            if self.active.fetch_sub(1, Ordering::SeqCst) == 1 && self.waiting.load(Ordering::SeqCst) {
+                drop(self.lock());
+                self.left.notify_one();
             }
-            self.running.fetch_sub(1, Ordering::Release);
         }
     }
 
-    /// Waits until the epoch is not `seen`.
-    fn next_epoch(&self, seen: u64) -> u64 {
+    /// Waits until a run other than `seen` is open; `None` to end.
+    fn next_open(&self, seen: u64) -> Option<u64> {
+        let news = || {
+            let epoch = self.epoch.load(Ordering::SeqCst);
+            if self.stop.load(Ordering::SeqCst) {
+                Some(None)
+            } else {
+                (is_open(epoch) && epoch != seen).then_some(Some(epoch))
+            }
+        };
         for _ in 0..self.spins {
-            let epoch = self.epoch.load(Ordering::Acquire);
-            if epoch != seen {
-                return epoch;
+            if let Some(news) = news() {
+                return news;
             }
             std::hint::spin_loop();
         }
-        let mut guard = self.lock.lock().unwrap_or_else(|e| e.into_inner());
-        // Either `run` sees this count and wakes, or the load below sees its epoch: both are SeqCst.
+        let mut guard = self.lock();
+        // Either `run` sees this count and wakes, or `news` sees its epoch: both are SeqCst.
         self.sleeping.fetch_add(1, Ordering::SeqCst);
         loop {
-            let epoch = self.epoch.load(Ordering::SeqCst);
-            if epoch != seen {
+            if let Some(news) = news() {
                 self.sleeping.fetch_sub(1, Ordering::SeqCst);
-                return epoch;
+                return news;
             }
-            guard = self.wake.wait(guard).unwrap_or_else(|e| e.into_inner());
+            guard = self.opened.wait(guard).unwrap_or_else(|e| e.into_inner());
         }
     }
+}
+
+fn is_open(epoch: u64) -> bool {
+    epoch % 2 == 1
 }
 
 /// A slice that several threads write disjoint parts of.
@@ -247,23 +321,31 @@ impl<'a, T> Disjoint<'a, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU8;
+
     use super::*;
 
+    /// Long enough for workers to fall asleep.
+    fn let_them_sleep() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+
     #[test]
-    fn every_thread_runs_every_job_once() {
+    fn every_ticket_is_run_once() {
         for threads in [1, 2, 7] {
             let mut pool = Pool::new(threads).unwrap();
-            let counts: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
-            for round in 0..300 {
-                pool.run(&|thread| {
-                    counts[thread].fetch_add(1, Ordering::Relaxed);
+            for round in 0..300usize {
+                let tickets = round % 23;
+                let counts: Vec<AtomicU8> = (0..tickets).map(|_| AtomicU8::new(0)).collect();
+                pool.run(tickets, &|thread, ticket| {
+                    assert!(thread < threads);
+                    counts[ticket].fetch_add(1, Ordering::Relaxed);
                 });
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
                 if round % 100 == 99 {
-                    // Long enough for workers to fall asleep.
-                    std::thread::sleep(std::time::Duration::from_millis(20));
+                    let_them_sleep();
                 }
             }
-            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 300));
         }
     }
 
@@ -283,15 +365,101 @@ mod tests {
         }
     }
 
+    /// Runs so short that workers come late, join the one after, sleep and wake at every point of a run's life.
     #[test]
-    fn a_panic_in_a_worker_reaches_the_caller_and_the_pool_lives_on() {
+    fn many_short_runs_lose_and_repeat_no_ticket() {
+        for threads in [2, 3, 8] {
+            let mut pool = Pool::new(threads).unwrap();
+            let mut values = vec![0u64; 64];
+            let mut random = 1u64;
+            let mut expected = values.clone();
+            for round in 0..20_000u64 {
+                random = random
+                    .wrapping_mul(6364136223846793005)
+                    .wrapping_add(1442695040888963407);
+                let tickets = (random >> 33) as usize % 9;
+                let out = Disjoint::new(&mut values);
+                // Others are let in only by what the pool itself decides: no time alone is carried over.
+                pool.alone_until = None;
+                pool.run(tickets, &|_, ticket| {
+                    // SAFETY: one element a ticket. It is read by the caller, without an atomic, after the run.
+                    let value = &mut unsafe { out.part(ticket * 7, 1) }[0];
+                    *value = value.wrapping_mul(31).wrapping_add(round);
+                });
+                for ticket in 0..tickets {
+                    expected[ticket * 7] = expected[ticket * 7].wrapping_mul(31).wrapping_add(round);
+                }
+                assert_eq!(values, expected, "round {round}");
+                match random >> 40 & 0x3FF {
+                    0 => std::thread::sleep(Duration::from_micros(300)),
+                    1..100 => std::thread::yield_now(),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_worker_that_is_held_up_holds_up_only_its_ticket() {
         let mut pool = Pool::new(2).unwrap();
-        let result = catch_unwind(AssertUnwindSafe(|| pool.run(&|thread| assert_eq!(thread, 0))));
-        assert!(result.is_err());
-        let count = AtomicUsize::new(0);
-        pool.run(&|_| {
-            count.fetch_add(1, Ordering::Relaxed);
+        let held = AtomicBool::new(false);
+        let by_caller = AtomicUsize::new(0);
+        pool.run(1000, &|thread, _| {
+            if thread == 0 {
+                by_caller.fetch_add(1, Ordering::Relaxed);
+                while !held.load(Ordering::Relaxed) {
+                    std::thread::yield_now();
+                }
+            } else if !held.swap(true, Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(30));
+            }
         });
-        assert_eq!(count.into_inner(), 2);
+        assert!(by_caller.into_inner() > 900);
+        assert!(pool.is_alone(), "waiting in vain is not repeated at once");
+        pool.run(10, &|thread, _| assert_eq!(thread, 0));
+        std::thread::sleep(Duration::from_millis(30) * (ALONE + 4));
+        assert!(!pool.is_alone(), "it tries again");
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_whoever_has_it_and_the_pool_lives_on() {
+        for threads in [1, 2, 5] {
+            let mut pool = Pool::new(threads).unwrap();
+            for round in 0..200usize {
+                let bad = round % 16;
+                let result = catch_unwind(AssertUnwindSafe(|| {
+                    pool.run(16, &|_, ticket| assert_ne!(ticket, bad, "on purpose"));
+                }));
+                assert!(result.is_err());
+                let count = AtomicUsize::new(0);
+                pool.run(16, &|_, _| {
+                    count.fetch_add(1, Ordering::Relaxed);
+                });
+                assert_eq!(count.into_inner(), 16);
+            }
+        }
+    }
+
+    #[test]
+    fn a_pool_ends_whatever_its_workers_do() {
+        for idle in [
+            Duration::ZERO,
+            Duration::from_micros(50),
+            Duration::from_millis(20),
+        ] {
+            for used in [false, true] {
+                for _ in 0..20 {
+                    let mut pool = Pool::new(4).unwrap();
+                    if used {
+                        pool.run(8, &|_, _| {});
+                    }
+                    std::thread::sleep(idle);
+                    let shared = pool.shared.clone();
+                    drop(pool);
+                    // Each worker held one.
+                    assert_eq!(Arc::strong_count(&shared), 1);
+                }
+            }
+        }
     }
 }

@@ -89,6 +89,22 @@ fn routing(dims: &WorkspaceDims) -> (u32, u32) {
     }
 }
 
+/// The error for values without a size: past 2^63 bytes, or of no vectors.
+fn no_size(dims: &WorkspaceDims) -> Error {
+    let vectorless = dims
+        .values
+        .iter()
+        .position(|(kind, _)| matches!(kind, ValueKind::Quantized { vectors: 0 }));
+    match vectorless {
+        Some(value) => Error::invalid(format!("vectors of value {value}"), "at least 1", 0),
+        None => Error::invalid(
+            "workspace",
+            "a size below 2^63 bytes",
+            format!("{:?}", dims.capacity),
+        ),
+    }
+}
+
 impl Workspace {
     /// What [`Workspace::new`] takes; `None` past 2^64.
     fn count(dims: &WorkspaceDims, threads: usize) -> Option<WorkspaceBytes> {
@@ -125,16 +141,15 @@ impl Workspace {
             b.kv.checked_add(b.workspace)
                 .is_some_and(|n| n < isize::MAX as u64)
         };
-        Self::count(dims, threads).filter(fits).ok_or_else(|| {
-            Error::invalid(
-                "workspace",
-                "a size below 2^63 bytes",
-                format!("{:?}", dims.capacity),
-            )
-        })
+        Self::count(dims, threads)
+            .filter(fits)
+            .ok_or_else(|| no_size(dims))
     }
 
     /// Allocates it; the caller has checked that [`Workspace::bytes`] can be had.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if it has no size; [`Error::Unavailable`] if a thread cannot be started.
     pub(crate) fn new(dims: &WorkspaceDims, threads: usize) -> Result<Self> {
         let tokens = dims.capacity.max_batch_tokens as usize;
         let sequences = dims.capacity.max_sequences as usize;
@@ -142,14 +157,17 @@ impl Workspace {
             .values
             .iter()
             .map(|(kind, width)| match kind {
-                ValueKind::F32 => Buffer::F32(vec![0.0; *width as usize * tokens]),
-                ValueKind::Experts => Buffer::Experts(vec![0; *width as usize * tokens]),
+                ValueKind::F32 => Ok(Buffer::F32(vec![0.0; *width as usize * tokens])),
+                ValueKind::Experts => Ok(Buffer::Experts(vec![0; *width as usize * tokens])),
                 ValueKind::Quantized { vectors } => {
-                    let segments = segments(*width, *vectors).unwrap_or(0) as usize;
-                    Buffer::Quantized(vec![bytemuck::Zeroable::zeroed(); segments * tokens])
+                    let segments = segments(*width, *vectors).ok_or_else(|| no_size(dims))? as usize;
+                    Ok(Buffer::Quantized(vec![
+                        bytemuck::Zeroable::zeroed();
+                        segments * tokens
+                    ]))
                 }
             })
-            .collect();
+            .collect::<Result<_>>()?;
         let (experts, choices) = routing(dims);
         let (context, head_dim) = (dims.capacity.max_context as usize, head_dim(dims) as usize);
         let scratch = || {
@@ -171,5 +189,49 @@ impl Workspace {
             threads: (0..threads).map(|_| scratch()).collect(),
             pool: Pool::new(threads)?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hoist_backend::{Capacity, KvDtype};
+
+    use super::*;
+
+    fn dims(vectors: u32) -> WorkspaceDims {
+        WorkspaceDims {
+            vocab: 8,
+            capacity: Capacity {
+                max_context: 4,
+                max_sequences: 1,
+                max_batch_tokens: 2,
+                kv: KvDtype::F16,
+            },
+            kv: Vec::new(),
+            values: vec![(ValueKind::F32, 64), (ValueKind::Quantized { vectors }, 64)],
+            table_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn a_quantised_value_of_no_vectors_is_refused_by_name() {
+        let (bytes, new) = (Workspace::bytes(&dims(0), 1), Workspace::new(&dims(0), 1));
+        for error in [bytes.map(drop).unwrap_err(), new.map(drop).unwrap_err()] {
+            assert!(matches!(error, Error::InvalidArgument { .. }), "{error}");
+            assert!(error.to_string().contains("vectors of value 1"), "{error}");
+        }
+        // The control differs in the number only.
+        let work = Workspace::new(&dims(2), 1).unwrap();
+        assert!(matches!(&work.values[1], Buffer::Quantized(x) if !x.is_empty()));
+        assert!(Workspace::bytes(&dims(2), 1).unwrap().workspace > 0);
+    }
+
+    #[test]
+    fn a_workspace_past_the_address_space_is_refused() {
+        let mut huge = dims(2);
+        huge.values[0].1 = u32::MAX;
+        huge.capacity.max_batch_tokens = u32::MAX;
+        let error = Workspace::bytes(&huge, 1).unwrap_err();
+        assert!(error.to_string().contains("2^63"), "{error}");
     }
 }

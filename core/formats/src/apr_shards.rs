@@ -44,11 +44,11 @@ pub(crate) fn open(path: &Path, manifest: &Shard) -> Result<Manifest> {
             found: manifest.version,
         });
     }
-    if manifest.shards.len() != manifest.shard_count || manifest.shards.is_empty() {
+    if manifest.shards.len() != manifest.shard_count {
         return Err(mismatch(
             &file,
             "the number of shards, `shard_count`".into(),
-            manifest.shard_count.max(1).to_string(),
+            manifest.shard_count.to_string(),
             manifest.shards.len().to_string(),
         ));
     }
@@ -56,6 +56,7 @@ pub(crate) fn open(path: &Path, manifest: &Shard) -> Result<Manifest> {
     let mut names = HashSet::new();
     let mut shards = Vec::new();
     let mut tensors = Vec::new();
+    // The model's own metadata stands in the first shard.
     let mut metadata = None;
     for (number, info) in (0u32..).zip(&manifest.shards) {
         if info.index != number as usize {
@@ -156,12 +157,52 @@ pub(crate) fn open(path: &Path, manifest: &Shard) -> Result<Manifest> {
         }
     }
     check_unique(&file, &tensors)?;
+    let Some(metadata) = metadata else {
+        return Err(mismatch(
+            &file,
+            "the number of shards, `shards`".into(),
+            "at least 1".into(),
+            "0".into(),
+        ));
+    };
     Ok(Manifest {
         path: path.to_owned(),
         format: Format::Apr,
-        metadata: Metadata::Apr(metadata.unwrap_or_default()),
+        metadata: Metadata::Apr(metadata),
         tensors,
         shards,
         folder: None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Opens a manifest of that JSON, alone in a folder.
+    fn open_json(name: &str, manifest: &Value) -> Error {
+        let folder = std::env::temp_dir().join(format!("hoist-apr-shards-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("model.shards.json");
+        std::fs::write(&path, manifest.to_string()).unwrap();
+        let error = open(&path, &Shard::open(&path).unwrap()).unwrap_err();
+        std::fs::remove_dir_all(&folder).unwrap();
+        error
+    }
+
+    #[test]
+    fn a_manifest_of_no_shards_is_refused_and_not_a_model_without_metadata() {
+        let mut manifest = serde_json::json!({
+            "version": "2.0", "shard_count": 0, "total_size": 0, "tensor_count": 0, "shards": [], "weight_map": {},
+        });
+        let error = open_json("none", &manifest);
+        assert!(matches!(error, Error::ShardMismatch { .. }), "{error}");
+        assert!(error.to_string().contains("at least 1"), "{error}");
+        // The control names a shard, and is refused for that shard's absence.
+        manifest["shard_count"] = 1.into();
+        manifest["shards"] =
+            serde_json::json!([{ "filename": "a.apr", "index": 0, "size": 64, "tensors": [] }]);
+        let error = open_json("one", &manifest);
+        assert!(matches!(error, Error::MissingShard { .. }), "{error}");
+    }
 }
