@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use hoist_backend::*;
 use hoist_cpu::CpuBackend;
-use support::*;
+use support::{Weight, *};
 
 struct Counting;
 

@@ -6,7 +6,7 @@ mod support;
 use hoist_backend::*;
 use hoist_cpu::{CpuBackend, CpuProvider, FloatView};
 use proptest::prelude::*;
-use support::*;
+use support::{Weight, *};
 
 const KINDS: [(Encoding, Shape); 8] = [
     (
