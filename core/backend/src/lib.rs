@@ -72,7 +72,7 @@ mod source;
 mod traits;
 mod workspace;
 
-pub use batch::{Outputs, Run, SequenceId, TokenBatch, Want};
+pub use batch::{Outputs, Run, SequenceId, TokenBatch, TokenRow, Want, admit};
 pub use device::{
     BackendInfo, DeviceInfo, EncodingSet, FloatLayout, Limits, NumericsClass, OpSet, OpenOptions, Sizing,
 };
