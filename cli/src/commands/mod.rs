@@ -4,6 +4,7 @@ mod bench;
 mod bench_decode;
 mod bench_load;
 mod completions;
+mod conform;
 mod devices;
 mod generate;
 mod inspect;
@@ -65,6 +66,9 @@ enum Command {
     PluginProbe(plugin::PluginProbe),
     #[command(hide = true)]
     PluginWorker(plugin::PluginWorker),
+    Conform(conform::Conform),
+    #[command(hide = true)]
+    ConformWorker(conform::ConformWorker),
     /// Print completions for a shell
     Completions(completions::Completions),
 }
@@ -87,6 +91,8 @@ impl Program {
             Command::Plugin(plugin) => plugin.run(json),
             Command::PluginProbe(probe) => probe.run(),
             Command::PluginWorker(worker) => worker.run(),
+            Command::Conform(conform) => conform.run(json),
+            Command::ConformWorker(worker) => worker.run(),
             Command::Completions(completions) => completions.run(json),
         }
     }
