@@ -1,0 +1,421 @@
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+use hoist_backend::{
+    BackendInfo, Chunk, DeviceMemory, EncodingSet, Error, FloatLayout, IndexLayout, IndexReceipt, Lifecycle,
+    Limits, LoadPlan, LoadReceipt, MemoryByClass, MemoryInfo, NumericsClass, OpSet, OpenOptions, Result,
+    Role, State, UnsupportedWhat, UploadLedger, WeightBackend, WeightId, WeightIndex, WorkspaceBytes,
+    WorkspaceDims,
+};
+
+use crate::digest::Hasher;
+use crate::driver::{Context, DeviceBuffer, Stream};
+use crate::layout::{Finisher, Mover, transposing_pieces};
+use crate::modules::Modules;
+use crate::residency::{EXPONENT_BYTES, INDEX_ENTRY_BYTES, Residency, SIZING};
+
+/// Bytes of a pushed chunk of a transposed weight that are on the device at a time, and of canonical bytes made at a time
+/// for reading back.
+const SCRATCH_BYTES: u64 = 4 << 20;
+/// Room behind them for the table of pieces.
+const SCRATCH_TABLE_BYTES: u64 = 1 << 20;
+
+/// A row of the device's index, `[1 + layers, roles]`: row 0 is the whole model, row `1 + l` layer `l`. All zero where
+/// nothing stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct IndexRow {
+    pub(crate) ptr: u64,
+    pub(crate) nbytes: u64,
+    /// i16 for each row; 0 if the weight is not quantised.
+    pub(crate) exponents: u64,
+    pub(crate) matrices: u64,
+    pub(crate) rows: u64,
+    pub(crate) cols: u64,
+    /// `Encoding::index` + 1; 0 where nothing stands.
+    pub(crate) encoding: u32,
+    /// 1 if the weight stands at another entry too.
+    pub(crate) tied: u32,
+    pub(crate) reserved: u64,
+}
+
+const _: () = assert!(size_of::<IndexRow>() as u64 == INDEX_ENTRY_BYTES);
+
+/// The CUDA backend, on one device.
+#[derive(Debug)]
+pub struct CudaBackend {
+    info: BackendInfo,
+    options: OpenOptions,
+    pub(crate) lifecycle: Lifecycle,
+    pub(crate) residency: Option<Residency>,
+    ledger: Option<UploadLedger>,
+    /// Whether a load of its own has finished every weight already.
+    finished: bool,
+    notes: Vec<(String, String)>,
+    pub(crate) index: Option<WeightIndex>,
+    /// [`IndexRow`]s, `[1 + layers, Role::COUNT]`.
+    pub(crate) device_index: Option<DeviceBuffer>,
+    pub(crate) workspace_bytes: WorkspaceBytes,
+    hasher: Hasher,
+    mover: Mover,
+    // Handles last: they must outlive what is made of them.
+    pub(crate) stream: Stream,
+    pub(crate) modules: Arc<Modules>,
+    pub(crate) context: Arc<Context>,
+}
+
+impl CudaBackend {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`]; [`Error::Unsupported`] for `import` and `force_scalar`; [`Error::InvalidArgument`] for 0
+    /// threads.
+    pub fn open(ordinal: u32, options: &OpenOptions) -> Result<Self> {
+        let refuse = |what: &str| Error::Unsupported {
+            backend: crate::NAME.into(),
+            what: UnsupportedWhat::Other(what.into()),
+        };
+        if options.import {
+            return Err(refuse("mapping weights from files instead of copying them"));
+        }
+        if options.force_scalar {
+            return Err(refuse("scalar code: it has none"));
+        }
+        if options.threads == Some(0) {
+            return Err(Error::invalid("threads", "at least 1", 0));
+        }
+        let context = Context::open(ordinal)?;
+        let modules = Arc::new(Modules::new(&context));
+        let stream = Stream::new(&context)?;
+        let (hasher, mover) = (Hasher::new(&modules)?, Mover::new(&modules)?);
+        let mut backend = Self {
+            info: BackendInfo {
+                name: crate::NAME.into(),
+                device: context.id().into(),
+                device_name: context.device.name.clone(),
+                numerics: NumericsClass::Exact,
+                stored: EncodingSet::weights(),
+                computed: EncodingSet::EMPTY,
+                ops: OpSet::EMPTY,
+                float_layout: options.float_layout.unwrap_or(FloatLayout::OutIn),
+                limits: Limits::default(),
+                sizing: SIZING,
+                memory: MemoryInfo { devices: Vec::new() },
+            },
+            options: options.clone(),
+            lifecycle: Lifecycle::default(),
+            residency: None,
+            ledger: None,
+            finished: false,
+            notes: Vec::new(),
+            index: None,
+            device_index: None,
+            workspace_bytes: WorkspaceBytes::default(),
+            hasher,
+            mover,
+            stream,
+            modules,
+            context,
+        };
+        backend.info.memory = backend.memory()?;
+        Ok(backend)
+    }
+
+    /// The weights, once all have arrived.
+    ///
+    /// # Errors
+    /// [`Error::BadState`]
+    pub(crate) fn resident(&self, call: &'static str) -> Result<&Residency> {
+        self.lifecycle.expect_resident(call)?;
+        self.residency
+            .as_ref()
+            .ok_or_else(|| Error::internal(crate::NAME, "no weights in a loaded backend"))
+    }
+
+    /// What this backend owns now, by class.
+    fn owned(&self) -> MemoryByClass {
+        let mut owned = self.residency.as_ref().map(|r| r.by_class).unwrap_or_default();
+        owned.index = self.device_index.as_ref().map_or(0, DeviceBuffer::nbytes);
+        owned.kv = self.workspace_bytes.kv;
+        owned.workspace = self.workspace_bytes.workspace;
+        owned
+    }
+
+    /// Demands room for `needed` bytes more, on the device and in the budget.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] with numbers.
+    pub(crate) fn admit(&self, what: &str, needed: u64) -> Result<()> {
+        let (free, _) = self.context.memory()?;
+        let budget = self.options.memory_budget;
+        let left = budget.map(|b| b.saturating_sub(self.owned().total()));
+        let available = left.map_or(free, |b| b.min(free));
+        if needed <= available {
+            return Ok(());
+        }
+        Err(Error::OutOfMemory {
+            device: self.info.device.clone(),
+            what: what.into(),
+            needed,
+            available,
+        })
+    }
+
+    fn upload(
+        &mut self,
+        call: &'static str,
+        chunk: Chunk<'_>,
+        record: fn(&mut UploadLedger, WeightId, u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        self.lifecycle.expect(call, State::Loading)?;
+        self.context.bind()?;
+        let (Some(residency), Some(ledger)) = (&self.residency, &mut self.ledger) else {
+            return Err(Error::internal(crate::NAME, "a load without weights"));
+        };
+        let weight = residency.weight(chunk.weight)?;
+        let bytes = chunk.bytes;
+        record(ledger, chunk.weight, chunk.offset, bytes.len() as u64)?;
+        if weight.layout == FloatLayout::OutIn {
+            // SAFETY: the ledger has found the range to be within the weight, and nobody else writes to it; the borrow
+            // outlives the synchronisation that follows.
+            unsafe { self.stream.copy_htod(weight.ptr + chunk.offset, bytes)? };
+            return self.stream.synchronize();
+        }
+        let scratch = DeviceBuffer::new(&self.context, "a chunk", SCRATCH_BYTES + SCRATCH_TABLE_BYTES)?;
+        for (i, part) in bytes.chunks(SCRATCH_BYTES as usize).enumerate() {
+            let offset = chunk.offset + i as u64 * SCRATCH_BYTES;
+            let pieces = transposing_pieces(weight, offset, part.len() as u64, 0);
+            let table: &[u8] = bytemuck::cast_slice(&pieces);
+            if table.len() as u64 > SCRATCH_TABLE_BYTES {
+                return Err(Error::internal(crate::NAME, "too many pieces in a chunk"));
+            }
+            let table_at = scratch.ptr() + SCRATCH_BYTES;
+            // SAFETY: the borrow outlives the synchronisation that follows, and the scratch is this call's.
+            unsafe { self.stream.copy_htod(scratch.ptr(), part)? };
+            // SAFETY: as above.
+            unsafe { self.stream.copy_htod(table_at, table)? };
+            // SAFETY: the pieces' sources are within the part, and their destinations within the weight.
+            unsafe {
+                self.mover
+                    .launch(&self.stream, &pieces, table_at, scratch.ptr())?
+            };
+            self.stream.synchronize()?;
+        }
+        Ok(())
+    }
+
+    /// Row exponents and checks of weights that were pushed.
+    fn finish_pushed(&self, residency: &Residency) -> Result<()> {
+        let order: Vec<u32> = (0..residency.weights.len() as u32).collect();
+        let finisher = Finisher::new(&self.context, &self.modules, &self.stream, residency, &order)?;
+        finisher.launch(&self.stream, &mut order.clone())?;
+        finisher.check(&self.stream, residency)
+    }
+
+    fn clear(&mut self) {
+        self.workspace_bytes = WorkspaceBytes::default();
+        self.index = None;
+        self.device_index = None;
+        self.residency = None;
+        self.ledger = None;
+        self.finished = false;
+        self.notes.clear();
+        self.hasher.forget();
+        self.lifecycle.enter(State::Empty);
+    }
+}
+
+impl WeightBackend for CudaBackend {
+    fn info(&self) -> &BackendInfo {
+        &self.info
+    }
+
+    fn memory(&self) -> Result<MemoryInfo> {
+        self.context.bind()?;
+        let (free, total) = self.context.memory()?;
+        Ok(MemoryInfo {
+            devices: vec![DeviceMemory {
+                device: self.context.id().into(),
+                total,
+                free,
+                budget: self.options.memory_budget,
+                resident: self.owned(),
+                mapped: 0,
+            }],
+        })
+    }
+
+    fn begin_load(&mut self, plan: &LoadPlan) -> Result<()> {
+        self.lifecycle.expect("begin_load", State::Empty)?;
+        self.context.bind()?;
+        let residency = Residency::new(&self.context, plan, |needed| {
+            self.admit("the arena of weights", needed)
+        })?;
+        self.residency = Some(residency);
+        self.ledger = Some(UploadLedger::new(plan));
+        self.lifecycle.enter(State::Loading);
+        Ok(())
+    }
+
+    fn upload_quantized(&mut self, chunk: Chunk<'_>) -> Result<()> {
+        self.upload("upload_quantized", chunk, UploadLedger::record_quantized)
+    }
+
+    fn upload_f32(&mut self, chunk: Chunk<'_>) -> Result<()> {
+        self.upload("upload_f32", chunk, UploadLedger::record_f32)
+    }
+
+    fn upload_gamma(&mut self, chunk: Chunk<'_>) -> Result<()> {
+        self.upload("upload_gamma", chunk, UploadLedger::record_gamma)
+    }
+
+    fn finish_load(&mut self) -> Result<LoadReceipt> {
+        self.lifecycle.expect("finish_load", State::Loading)?;
+        self.context.bind()?;
+        let (Some(residency), Some(ledger)) = (&self.residency, &self.ledger) else {
+            return Err(Error::internal(crate::NAME, "a load without weights"));
+        };
+        ledger.check_complete()?;
+        if !self.finished {
+            self.finish_pushed(residency)?;
+        }
+        let weights = u32::try_from(residency.weights.len())
+            .map_err(|_| Error::invalid("weights", "below 2^32", residency.weights.len()))?;
+        let receipt = LoadReceipt {
+            weights,
+            resident: residency.by_class,
+            mapped: 0,
+            notes: std::mem::take(&mut self.notes),
+        };
+        self.ledger = None;
+        self.lifecycle.enter(State::Loaded);
+        Ok(receipt)
+    }
+
+    fn abort_load(&mut self) -> Result<()> {
+        self.lifecycle.expect("abort_load", State::Loading)?;
+        self.unload()
+    }
+
+    fn build_index(&mut self, layout: &IndexLayout) -> Result<IndexReceipt> {
+        self.lifecycle.expect("build_index", State::Loaded)?;
+        self.context.bind()?;
+        let residency = self.resident("build_index")?;
+        let index = WeightIndex::new(layout, residency.weights.len())?;
+        let rows = (index.layers() as usize + 1) * Role::COUNT;
+        let mut table = vec![IndexRow::default(); rows];
+        for entry in &layout.entries {
+            let Some(id) = entry.slot.weight() else { continue };
+            let weight = residency.weight(id)?;
+            let row = entry.layer.map_or(0, |l| l as usize + 1);
+            table[row * Role::COUNT + entry.role.index()] = IndexRow {
+                ptr: weight.ptr,
+                nbytes: weight.nbytes,
+                exponents: weight.exponents,
+                matrices: weight.shape.matrices,
+                rows: weight.shape.rows,
+                cols: weight.shape.cols,
+                encoding: weight.encoding.index() as u32 + 1,
+                tied: u32::from(matches!(entry.slot, hoist_backend::Slot::Tied(_))),
+                reserved: 0,
+            };
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(&table);
+        self.admit("the index", bytes.len() as u64)?;
+        let buffer = DeviceBuffer::new(&self.context, "the index", bytes.len() as u64)?;
+        // SAFETY: the table outlives the synchronisation that follows, and the buffer is new.
+        unsafe { self.stream.copy_htod(buffer.ptr(), bytes)? };
+        self.stream.synchronize()?;
+        let receipt = IndexReceipt {
+            layers: index.layers(),
+            entries: index.entries(),
+            bytes: buffer.nbytes(),
+        };
+        self.index = Some(index);
+        self.device_index = Some(buffer);
+        self.lifecycle.enter(State::Indexed);
+        Ok(receipt)
+    }
+
+    fn digest(&mut self, weight: WeightId) -> Result<Option<[u8; 32]>> {
+        self.lifecycle.expect_resident("digest")?;
+        self.context.bind()?;
+        let Some(residency) = &self.residency else {
+            return Err(Error::internal(crate::NAME, "no weights in a loaded backend"));
+        };
+        self.hasher
+            .digest(&self.context, &self.stream, &self.mover, residency, weight)
+            .map(Some)
+    }
+
+    fn read_back(&mut self, weight: WeightId, offset: u64, out: &mut [u8]) -> Result<()> {
+        let residency = self.resident("read_back")?;
+        let weight = residency.weight(weight)?;
+        weight.check_range(offset, out.len() as u64)?;
+        self.context.bind()?;
+        if weight.layout == FloatLayout::OutIn {
+            // SAFETY: the range is within the weight, and the borrow outlives the synchronisation that follows.
+            unsafe { self.stream.copy_dtoh(out, weight.ptr + offset)? };
+            return self.stream.synchronize();
+        }
+        let scratch = DeviceBuffer::new(
+            &self.context,
+            "scratch to read back",
+            SCRATCH_BYTES + SCRATCH_TABLE_BYTES,
+        )?;
+        for (i, part) in out.chunks_mut(SCRATCH_BYTES as usize).enumerate() {
+            let at = offset + i as u64 * SCRATCH_BYTES;
+            let from = self
+                .mover
+                .canonical(&self.stream, weight, at, part.len() as u64, &scratch)?;
+            // SAFETY: that many bytes are there, and the borrow outlives the synchronisation that follows.
+            unsafe { self.stream.copy_dtoh(part, from)? };
+            self.stream.synchronize()?;
+        }
+        Ok(())
+    }
+
+    fn init_workspace(&mut self, dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
+        self.lifecycle.expect("init_workspace", State::Indexed)?;
+        let _ = dims;
+        Err(Error::Unsupported {
+            backend: crate::NAME.into(),
+            what: UnsupportedWhat::Call("init_workspace"),
+        })
+    }
+
+    fn unload(&mut self) -> Result<()> {
+        self.context.bind()?;
+        // What is still in flight must not write to memory that is given back; a lost device has nothing in flight.
+        let waited = if self.lifecycle.state() == State::Empty {
+            Ok(())
+        } else {
+            self.context.synchronize()
+        };
+        self.clear();
+        waited
+    }
+}
+
+impl CudaBackend {
+    /// Row exponents of a quantised weight, `[matrices · rows]`: `E_w` of `docs/numerics.md` §1.2. For tests.
+    ///
+    /// # Errors
+    /// [`Error::BadState`] unless resident; [`Error::UnknownWeight`].
+    pub fn row_exponents(&self, weight: WeightId) -> Result<Vec<i16>> {
+        let weight = self.resident("row_exponents")?.weight(weight)?;
+        if weight.exponents == 0 {
+            return Ok(Vec::new());
+        }
+        self.context.bind()?;
+        debug_assert_eq!(size_of::<i16>() as u64, EXPONENT_BYTES);
+        let mut exponents = vec![0i16; weight.rows() as usize];
+        // SAFETY: that many lie behind the weight; the vector outlives the synchronisation that follows.
+        unsafe {
+            self.stream
+                .copy_dtoh(bytemuck::cast_slice_mut(&mut exponents), weight.exponents)?;
+        }
+        self.stream.synchronize()?;
+        Ok(exponents)
+    }
+}
