@@ -14,6 +14,7 @@ struct EmbedParams {
     u64 row_bytes;
     u32 cols, by_position;
 };
+static_assert(sizeof(EmbedParams) == 40);
 
 /// A 32-weight block of an embedding row as GGML dequantises it (§1.4).
 template <class E> DEVICE void dequantise(const u8 *row, int j, float *out) {
@@ -78,6 +79,7 @@ struct NormParams {
     u32 n;
     float eps;
 };
+static_assert(sizeof(NormParams) == 40);
 
 /// One block of 256 threads a vector.
 extern "C" __global__ void __launch_bounds__(256) rms_norm(const __grid_constant__ NormParams p) {
@@ -114,6 +116,7 @@ struct QuantiseParams {
     u32 *fault;
     u32 step, cols, segments, vectors;
 };
+static_assert(sizeof(QuantiseParams) == 40);
 
 /// One warp a segment.
 extern "C" __global__ void __launch_bounds__(128) quantise(const __grid_constant__ QuantiseParams p) {
@@ -176,6 +179,7 @@ struct FloatMatMulParams {
     u64 matrix_elements;
     u32 rows, cols, tokens, choices, shared;
 };
+static_assert(sizeof(FloatMatMulParams) == 72);
 
 /// dot64 (§2): a warp runs four rows, eight threads a row, eight accumulators a thread.
 template <class E> DEVICE void float_matmul(const FloatMatMulParams &p) {
@@ -266,6 +270,7 @@ struct RopeParams {
     const Row *rows;
     u32 width, head_dim, n_rot, half_split;
 };
+static_assert(sizeof(RopeParams) == 40);
 
 /// One block a token; a thread turns pairs.
 extern "C" __global__ void rope(const __grid_constant__ RopeParams p) {
@@ -306,6 +311,7 @@ struct CacheLayer {
     void *base;
     u32 kv_heads, head_dim, padded, positions;
 };
+static_assert(sizeof(CacheLayer) == 24);
 
 template <class K> DEVICE typename K::T *keys_of(const CacheLayer &c, u32 sequence, u32 head) {
     return (typename K::T *)c.base + ((size_t)sequence * c.kv_heads + head) * 2 * c.padded * c.positions;
@@ -322,6 +328,7 @@ struct StoreParams {
     u32 *fault;
     u32 step;
 };
+static_assert(sizeof(StoreParams) == 64);
 
 /// One block a token.
 template <class K> DEVICE void store_kv(const StoreParams &p) {
@@ -357,6 +364,7 @@ struct AttentionParams {
     float scale, cap;
     u32 capped;
 };
+static_assert(sizeof(AttentionParams) == 96);
 
 /// Query heads of one key/value head that a block takes at once.
 constexpr int HEADS = 4;
@@ -469,6 +477,7 @@ struct ElementParams {
     u64 n;
     float factor;
 };
+static_assert(sizeof(ElementParams) == 40);
 
 #define ELEMENTS(name, expression)                                                                                     \
     extern "C" __global__ void __launch_bounds__(256) name(const __grid_constant__ ElementParams p) {                  \
@@ -493,6 +502,7 @@ struct RouterParams {
     float *weights;
     u32 n, k, normalise;
 };
+static_assert(sizeof(RouterParams) == 40);
 
 /// One block of 256 threads a token.
 extern "C" __global__ void __launch_bounds__(256) router_top_k(const __grid_constant__ RouterParams p) {
@@ -550,6 +560,7 @@ struct WeightedSumParams {
     float *out;
     u32 k, n;
 };
+static_assert(sizeof(WeightedSumParams) == 40);
 
 /// Blocks of 256 elements of each token; chosen experts in ascending number.
 extern "C" __global__ void __launch_bounds__(256) weighted_sum(const __grid_constant__ WeightedSumParams p) {
@@ -577,6 +588,7 @@ struct GatherParams {
     u64 token_bytes;
     u32 count;
 };
+static_assert(sizeof(GatherParams) == 32);
 
 /// Moves the kept tokens' values to the front, in order; `token_bytes` is a multiple of 4.
 extern "C" __global__ void __launch_bounds__(256) keep_tokens(const __grid_constant__ GatherParams p) {
@@ -594,6 +606,7 @@ struct ArgMaxParams {
     u32 *out, *fault;
     u32 step, vocab;
 };
+static_assert(sizeof(ArgMaxParams) == 40);
 
 /// Values in order as unsigned numbers, so that (value, place) can be compared.
 DEVICE bool better(float a, u32 at, float b, u32 bt) { return a > b || (a == b && at < bt); }

@@ -9,6 +9,7 @@ namespace hoist {
 struct Row {
     u32 token, sequence, position, wanted;
 };
+static_assert(sizeof(Row) == 16);
 
 /// A quantised segment of an activation vector (§1.1).
 struct Segment {
@@ -18,6 +19,7 @@ struct Segment {
     u8 u[8];
     int m, e;
 };
+static_assert(sizeof(Segment) == 304);
 
 /// Reports that a step produced a NaN or infinity; the first step wins.
 DEVICE void report(u32 *fault, u32 step) { atomicMin(fault, step); }

@@ -22,6 +22,7 @@ struct MatMulParams {
     /// Experts a token, and whether all of them read the same vector.
     u32 choices, shared;
 };
+static_assert(sizeof(MatMulParams) == 96);
 
 /// Tokens that a warp takes at once.
 constexpr int TILE = 4;

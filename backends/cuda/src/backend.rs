@@ -2,12 +2,13 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 use hoist_backend::{
-    BackendInfo, Chunk, DeviceMemory, EncodingSet, Error, FloatLayout, IndexLayout, IndexReceipt, Lifecycle,
-    Limits, LoadPlan, LoadReceipt, MemoryByClass, MemoryInfo, NumericsClass, OpSet, OpenOptions, Result,
-    Role, State, UnsupportedWhat, UploadLedger, WeightBackend, WeightId, WeightIndex, WorkspaceBytes,
-    WorkspaceDims,
+    BackendInfo, Chunk, DecodeBackend, DecodeProgram, DeviceMemory, EncodingSet, Error, FloatLayout,
+    IndexLayout, IndexReceipt, Lifecycle, Limits, LoadPlan, LoadReceipt, MemoryByClass, MemoryInfo,
+    NumericsClass, OpSet, OpenOptions, Outputs, Result, Role, SequenceId, State, TokenBatch, UnsupportedWhat,
+    UploadLedger, WeightBackend, WeightId, WeightIndex, WorkspaceBytes, WorkspaceDims,
 };
 
+use crate::decode::{self, DeviceWeight, Engine};
 use crate::digest::Hasher;
 use crate::driver::{Context, DeviceBuffer, Stream};
 use crate::layout::{Finisher, Mover, transposing_pieces};
@@ -56,6 +57,7 @@ pub struct CudaBackend {
     /// [`IndexRow`]s, `[1 + layers, Role::COUNT]`.
     pub(crate) device_index: Option<DeviceBuffer>,
     pub(crate) workspace_bytes: WorkspaceBytes,
+    pub(crate) engine: Option<Engine>,
     hasher: Hasher,
     mover: Mover,
     // Handles last: they must outlive what is made of them.
@@ -95,10 +97,16 @@ impl CudaBackend {
                 device_name: context.device.name.clone(),
                 numerics: NumericsClass::Exact,
                 stored: EncodingSet::weights(),
-                computed: EncodingSet::EMPTY,
-                ops: OpSet::EMPTY,
+                computed: EncodingSet::weights()
+                    .iter()
+                    .filter(|e| decode::computes(*e))
+                    .collect(),
+                ops: OpSet::all(),
                 float_layout: options.float_layout.unwrap_or(FloatLayout::OutIn),
-                limits: Limits::default(),
+                limits: Limits {
+                    max_batch_tokens: Some(decode::MAX_BATCH_TOKENS),
+                    ..Limits::default()
+                },
                 sizing: SIZING,
                 memory: MemoryInfo { devices: Vec::new() },
             },
@@ -111,6 +119,7 @@ impl CudaBackend {
             index: None,
             device_index: None,
             workspace_bytes: WorkspaceBytes::default(),
+            engine: None,
             hasher,
             mover,
             stream,
@@ -213,6 +222,8 @@ impl CudaBackend {
     }
 
     fn clear(&mut self) {
+        // Its program speaks of the weights' addresses.
+        self.engine = None;
         self.workspace_bytes = WorkspaceBytes::default();
         self.index = None;
         self.device_index = None;
@@ -375,13 +386,23 @@ impl WeightBackend for CudaBackend {
         Ok(())
     }
 
+    fn workspace_bytes(&self, dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
+        Engine::workspace_bytes(dims)
+    }
+
     fn init_workspace(&mut self, dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
         self.lifecycle.expect("init_workspace", State::Indexed)?;
-        let _ = dims;
-        Err(Error::Unsupported {
-            backend: crate::NAME.into(),
-            what: UnsupportedWhat::Call("init_workspace"),
-        })
+        self.context.bind()?;
+        let bytes = Engine::workspace_bytes(dims)?;
+        self.admit("keys, values and workspace", bytes.kv + bytes.workspace)?;
+        self.engine = Some(Engine::new(&self.context, dims)?);
+        self.workspace_bytes = bytes;
+        self.lifecycle.enter(State::Ready);
+        Ok(bytes)
+    }
+
+    fn as_decode(&mut self) -> Option<&mut dyn DecodeBackend> {
+        Some(self)
     }
 
     fn unload(&mut self) -> Result<()> {
@@ -394,6 +415,54 @@ impl WeightBackend for CudaBackend {
         };
         self.clear();
         waited
+    }
+}
+
+fn no_workspace() -> Error {
+    Error::internal(crate::NAME, "a ready backend without a workspace")
+}
+
+impl DecodeBackend for CudaBackend {
+    fn prepare(&mut self, program: &DecodeProgram) -> Result<()> {
+        self.lifecycle.expect_ready("prepare")?;
+        let (Some(residency), Some(index), Some(engine)) = (&self.residency, &self.index, &mut self.engine)
+        else {
+            return Err(no_workspace());
+        };
+        engine.prepare(&self.modules, program, index, |id| {
+            let weight = residency.weight(id)?;
+            Ok(DeviceWeight {
+                name: &weight.name,
+                class: weight.class,
+                encoding: weight.encoding,
+                shape: weight.shape,
+                layout: weight.layout,
+                ptr: weight.ptr,
+                exponents: weight.exponents,
+            })
+        })?;
+        self.lifecycle.enter(State::Prepared);
+        Ok(())
+    }
+
+    fn forward(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>) -> Result<()> {
+        self.lifecycle.expect("forward", State::Prepared)?;
+        self.engine.as_mut().ok_or_else(no_workspace)?.forward(batch, out)
+    }
+
+    fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {
+        self.lifecycle.expect("truncate", State::Prepared)?;
+        self.engine
+            .as_mut()
+            .ok_or_else(no_workspace)?
+            .truncate(sequence, length)
+    }
+
+    fn sequence_length(&self, sequence: SequenceId) -> Result<u32> {
+        match &self.engine {
+            Some(engine) => engine.sequence_length(sequence),
+            None => Err(Error::invalid("sequence", "below 0", sequence.0)),
+        }
     }
 }
 

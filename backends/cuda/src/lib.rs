@@ -11,10 +11,12 @@
 //! | `layout` | private layouts: made when a weight has arrived, undone when it is read |
 //! | `tables` | what kernels read: mirrors of the structs in `kernels/*.cu` |
 //! | `load` | how bytes get from files to the device |
+//! | `decode` | programs as kernels over the resident weights |
 //! | `digest` | BLAKE3 where the bytes are |
 //! | `backend`, `provider` | the contract |
 
 mod backend;
+mod decode;
 mod digest;
 mod driver;
 mod layout;

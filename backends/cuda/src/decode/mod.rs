@@ -1,0 +1,292 @@
+//! Decoding: programs as kernels over the resident weights.
+//!
+//! | module | what it knows |
+//! |---|---|
+//! | `workspace` | what lies where on the device beside the weights |
+//! | `kernels` | which kernel serves which encoding |
+//! | `params` | what kernels take |
+//! | `steps` | each operation as launches |
+//! | `graph` | a step recorded once |
+//!
+//! Every operation runs for any number of tokens. A batch of one token that wants something is recorded as a graph when a
+//! program is prepared: a step then uploads a token and a position, launches once, and brings back a fault word and an
+//! arg-max.
+
+mod graph;
+mod kernels;
+mod params;
+mod steps;
+mod workspace;
+
+use std::sync::Arc;
+
+use hoist_backend::{
+    DecodeProgram, Encoding, Error, FloatLayout, OpName, Outputs, ResolvedProgram, Result, SequenceId, Shape,
+    TokenBatch, Want, WeightClass, WeightFacts, WeightId, WeightIndex, WorkspaceBytes, WorkspaceDims, admit,
+};
+
+use self::graph::Graph;
+use self::params::Row;
+use self::steps::Prepared;
+use self::workspace::Workspace;
+use crate::driver::{Context, Stream};
+use crate::modules::Modules;
+
+pub(crate) use self::kernels::computes;
+pub(crate) use self::workspace::MAX_BATCH_TOKENS;
+
+/// A resident weight as decoding sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceWeight<'a> {
+    /// Its name, for messages.
+    pub(crate) name: &'a str,
+    /// Memory class.
+    pub(crate) class: WeightClass,
+    /// Encoding of its bytes.
+    pub(crate) encoding: Encoding,
+    /// Canonical shape.
+    pub(crate) shape: Shape,
+    /// Where the input dimension of a float matrix runs.
+    pub(crate) layout: FloatLayout,
+    /// Its bytes.
+    pub(crate) ptr: u64,
+    /// `E_w` of each row of all matrices, i16; 0 unless quantised.
+    pub(crate) exponents: u64,
+}
+
+impl<'a> DeviceWeight<'a> {
+    fn facts(&self) -> WeightFacts<'a> {
+        WeightFacts {
+            name: self.name,
+            class: self.class,
+            encoding: self.encoding,
+            shape: self.shape,
+            layout: self.layout,
+        }
+    }
+}
+
+/// What no step has reported.
+const NO_FAULT: u32 = u32::MAX;
+
+/// The decoding half of a backend.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    // Before what its kernels and memory belong to.
+    graph: Option<Graph>,
+    program: Option<Prepared>,
+    workspace: Workspace,
+    stream: Stream,
+    context: Arc<Context>,
+}
+
+impl Engine {
+    /// Bytes that [`Engine::new`] takes on the device.
+    pub(crate) fn workspace_bytes(dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
+        workspace::bytes(dims)
+    }
+
+    /// Takes all memory that decoding needs.
+    pub(crate) fn new(context: &Arc<Context>, dims: &WorkspaceDims) -> Result<Self> {
+        context.bind()?;
+        Ok(Self {
+            graph: None,
+            program: None,
+            workspace: Workspace::new(context, dims)?,
+            stream: Stream::new(context)?,
+            context: Arc::clone(context),
+        })
+    }
+
+    /// Compiles a program; sequences are empty then. The weights must stay where they are as long as this lives.
+    pub(crate) fn prepare<'w>(
+        &mut self,
+        modules: &Modules,
+        program: &DecodeProgram,
+        index: &WeightIndex,
+        weight: impl Fn(WeightId) -> Result<DeviceWeight<'w>>,
+    ) -> Result<()> {
+        self.context.bind()?;
+        let resolved = ResolvedProgram::new(crate::NAME, program, &self.workspace.dims, index, |id| {
+            Ok(weight(id)?.facts())
+        })?;
+        let prepared = Prepared::new(modules, resolved, &program.tables, &self.workspace, &weight)?;
+        // From here on the old program is gone.
+        self.graph = None;
+        self.program = None;
+        let mut at = self.workspace.tables;
+        for table in &program.tables {
+            let bytes: &[u8] = bytemuck::cast_slice(&table.data);
+            // SAFETY: the table is pageable memory; the workspace has room for all tables, as resolving has checked.
+            unsafe { self.stream.copy_htod(at, bytes) }?;
+            at += bytes.len() as u64;
+        }
+        self.stream.synchronize()?;
+        self.graph = Some(Graph::record(&self.stream, || {
+            self.upload_rows(1)?;
+            self.body(&prepared, 1, None)?;
+            self.tail(&prepared, 1)?;
+            self.download(1)
+        })?);
+        self.program = Some(prepared);
+        self.workspace.lengths.fill(0);
+        Ok(())
+    }
+
+    /// Enqueues the batch's rows and kept tokens, and clears the fault word.
+    fn upload_rows(&self, tokens: usize) -> Result<()> {
+        let work = &self.workspace;
+        let most = work.dims.capacity.max_batch_tokens as usize;
+        let (rows, kept) = work.staging.bytes().split_at(most * size_of::<Row>());
+        // SAFETY: staging is page-locked and changes only between steps, each of which ends with a wait.
+        unsafe {
+            self.stream
+                .copy_htod(work.rows, &rows[..tokens * size_of::<Row>()])
+        }?;
+        if tokens > 1 {
+            // SAFETY: as above.
+            unsafe { self.stream.copy_htod(work.kept, &kept[..tokens * 4]) }?;
+        }
+        // SAFETY: the fault word is in the workspace's arena, which only this stream uses.
+        unsafe { self.stream.fill(work.fault, 0xff, 4) }
+    }
+
+    fn body(&self, program: &Prepared, tokens: u32, splits: Option<u32>) -> Result<()> {
+        let [body, _] = program.resolved.parts();
+        program.launch(&self.stream, &self.workspace, body, tokens, splits)
+    }
+
+    fn tail(&self, program: &Prepared, tokens: u32) -> Result<()> {
+        let [_, tail] = program.resolved.parts();
+        program.launch(&self.stream, &self.workspace, tail, tokens, None)?;
+        program.arg_max(&self.stream, &self.workspace, tokens)
+    }
+
+    /// Enqueues the copy of the fault word and of arg-max ids.
+    fn download(&self, tokens: usize) -> Result<()> {
+        let work = &self.workspace;
+        let len = (tokens + 1) * 4;
+        // SAFETY: the buffer is page-locked, at least that long, and read only after a wait.
+        let to = unsafe { std::slice::from_raw_parts_mut(work.results.as_ptr(), len) };
+        // SAFETY: as above; the fault word and the ids lie together.
+        unsafe { self.stream.copy_dtoh(to, work.fault) }
+    }
+
+    /// Runs a batch. Lengths change only when all has succeeded; what lies in the cache beyond them is scratch.
+    pub(crate) fn forward(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>) -> Result<()> {
+        let Some(program) = &self.program else {
+            return Err(Error::internal(crate::NAME, "a step without a program"));
+        };
+        let work = &mut self.workspace;
+        let vocab = program.resolved.vocab;
+        let vocab_u32 = u32::try_from(vocab).unwrap_or(u32::MAX);
+        admit(
+            batch,
+            out,
+            vocab_u32,
+            &work.dims.capacity,
+            &work.lengths,
+            &mut work.batch,
+        )?;
+        self.context.bind()?;
+        let most = work.dims.capacity.max_batch_tokens as usize;
+        let (rows, kept) = work.staging.bytes_mut().split_at_mut(most * size_of::<Row>());
+        let rows: &mut [Row] = bytemuck::cast_slice_mut(rows);
+        let kept: &mut [u32] = bytemuck::cast_slice_mut(kept);
+        let (mut wanted, mut last) = (0, 0);
+        for (t, row) in work.batch.iter().enumerate() {
+            let wants = row.want != Want::Nothing;
+            rows[t] = Row {
+                token: row.token,
+                sequence: row.sequence,
+                position: row.position,
+                wanted: wants.into(),
+            };
+            if wants {
+                kept[wanted] = t as u32;
+                wanted += 1;
+            }
+            last = last.max(row.position);
+        }
+        let tokens = work.batch.len();
+        if let (1, 1, Some(graph)) = (tokens, wanted, &self.graph) {
+            graph.launch(&self.stream)?;
+        } else {
+            self.upload_rows(tokens)?;
+            self.body(program, tokens as u32, Some(last / workspace::SPLIT + 1))?;
+            if wanted > 0 {
+                if wanted < tokens {
+                    program.keep(&self.stream, &self.workspace, wanted as u32)?;
+                }
+                self.tail(program, wanted as u32)?;
+            }
+            self.download(wanted)?;
+        }
+        self.stream.synchronize()?;
+        let results: &[u32] = bytemuck::cast_slice(self.workspace.results.bytes());
+        let (fault, ids) = (results[0], &results[1..=wanted]);
+        if fault != NO_FAULT {
+            let step = program.resolved.steps.get(fault as usize);
+            return Err(Error::NonFinite {
+                op: step.map_or(OpName::Logits, |s| s.op),
+                layer: step.and_then(|s| s.layer),
+            });
+        }
+        let mut argmax = out.argmax.iter_mut();
+        let mut logits = out.logits.chunks_exact_mut(vocab);
+        let value = self.workspace.values[program.resolved.logits];
+        let wants = self
+            .workspace
+            .batch
+            .iter()
+            .map(|r| r.want)
+            .filter(|w| *w != Want::Nothing);
+        for (t, (want, id)) in wants.zip(ids).enumerate() {
+            match want {
+                Want::Nothing => {}
+                Want::ArgMax => {
+                    if let Some(out) = argmax.next() {
+                        *out = *id;
+                    }
+                }
+                Want::Logits => {
+                    if let Some(out) = logits.next() {
+                        let from = value.ptr + t as u64 * value.token_bytes;
+                        // SAFETY: pageable memory of the row's length; the copy has ended when the call returns.
+                        unsafe { self.stream.copy_dtoh(bytemuck::cast_slice_mut(out), from) }?;
+                    }
+                }
+            }
+        }
+        if !out.logits.is_empty() {
+            self.stream.synchronize()?;
+        }
+        for run in batch.runs {
+            self.workspace.lengths[run.sequence.0 as usize] += run.tokens.len() as u32;
+        }
+        Ok(())
+    }
+
+    /// Cuts a sequence back.
+    pub(crate) fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {
+        let held = self.sequence_length(sequence)?;
+        if length > held {
+            return Err(Error::invalid(
+                format!("length to cut sequence {} to", sequence.0),
+                format!("at most {held}"),
+                length,
+            ));
+        }
+        self.workspace.lengths[sequence.0 as usize] = length;
+        Ok(())
+    }
+
+    /// Tokens that a sequence holds.
+    pub(crate) fn sequence_length(&self, sequence: SequenceId) -> Result<u32> {
+        let lengths = &self.workspace.lengths;
+        lengths
+            .get(sequence.0 as usize)
+            .copied()
+            .ok_or_else(|| Error::invalid("sequence", format!("below {}", lengths.len()), sequence.0))
+    }
+}

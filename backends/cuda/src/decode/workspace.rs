@@ -1,0 +1,340 @@
+//! Everything a step needs beside the weights: values, keys and values, tables, scratch, and page-locked staging. Taken once
+//! by `init_workspace`; a step takes nothing.
+
+use std::sync::Arc;
+
+use hoist_backend::{Error, Result, TokenRow, UnsupportedWhat, ValueKind, WorkspaceBytes, WorkspaceDims};
+
+use super::params::{CacheLayer, Row, SEGMENT_BYTES};
+use crate::driver::{Context, DeviceBuffer, PinnedBuffer};
+
+/// Positions that share a maximum (`docs/numerics.md` §4).
+pub(super) const SPLIT: u32 = 256;
+/// Contexts are rounded up to whole blocks of keys.
+const KEY_BLOCK: u64 = 64;
+/// Parts of the vocabulary that a row of logits is searched in.
+pub(super) const ARG_MAX_PARTS: u32 = 64;
+/// Most tokens of a batch: bounds the grids of all kernels.
+pub(crate) const MAX_BATCH_TOKENS: u32 = 8192;
+/// Scratch of attention that several tokens may share out among them; one token gets what it needs in any case.
+const ATTENTION_SCRATCH: u64 = 64 << 20;
+const ALIGNMENT: u64 = 256;
+
+/// One value on the device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    pub(super) ptr: u64,
+    /// Elements of a token.
+    pub(super) width: u32,
+    /// Bytes of a token.
+    pub(super) token_bytes: u64,
+}
+
+/// Sizes of the parts of a workspace, in the order in which they lie in its arena.
+#[derive(Debug)]
+struct Layout {
+    values: Vec<u64>,
+    rows: u64,
+    kept: u64,
+    /// The fault word and the arg-max of each token.
+    results: u64,
+    parts: u64,
+    tables: u64,
+    sums: u64,
+    partial: u64,
+    /// Tokens whose attention runs at once.
+    attention_tokens: u32,
+    kv: Vec<u64>,
+}
+
+fn segments(width: u32, vectors: u32) -> Option<u64> {
+    let cols = width.checked_div(vectors)?;
+    u64::from(cols.div_ceil(256)).checked_mul(vectors.into())
+}
+
+fn token_bytes(kind: ValueKind, width: u32) -> Option<u64> {
+    match kind {
+        ValueKind::F32 | ValueKind::Experts => u64::from(width).checked_mul(4),
+        ValueKind::Quantized { vectors } => segments(width, vectors)?.checked_mul(SEGMENT_BYTES),
+    }
+}
+
+/// Elements of a head in the cache: a multiple of 8, so that they are read 16 bytes at a time.
+fn padded(head_dim: u32) -> Option<u32> {
+    head_dim.checked_next_multiple_of(8)
+}
+
+impl Layout {
+    /// `None` past 2^64.
+    fn new(dims: &WorkspaceDims) -> Option<Self> {
+        let tokens = u64::from(dims.capacity.max_batch_tokens);
+        let values = dims
+            .values
+            .iter()
+            .map(|(kind, width)| token_bytes(*kind, *width)?.checked_mul(tokens))
+            .collect::<Option<Vec<u64>>>()?;
+        let splits = u64::from(dims.capacity.max_context.div_ceil(SPLIT));
+        // The widest query: the logits are none, unless another value is as wide as they.
+        let floats = || {
+            dims.values
+                .iter()
+                .filter(|(kind, _)| *kind == ValueKind::F32)
+                .map(|(_, width)| *width)
+        };
+        let as_wide = floats().filter(|width| *width == dims.vocab).count();
+        let widest = floats()
+            .filter(|width| *width != dims.vocab || as_wide > 1)
+            .max()
+            .unwrap_or(0);
+        let head_dim = dims.kv.iter().map(|kv| kv.head_dim).min().unwrap_or(1).max(1);
+        let sums = u64::from(widest / head_dim).checked_mul(8)?.checked_mul(splits)?;
+        let partial = u64::from(widest).checked_mul(4)?.checked_mul(splits)?;
+        let of_token = sums.checked_add(partial)?.max(1);
+        let attention_tokens = (ATTENTION_SCRATCH / of_token).clamp(1, tokens.max(1));
+        let positions = u64::from(dims.capacity.max_context).checked_next_multiple_of(KEY_BLOCK)?;
+        let kv = dims
+            .kv
+            .iter()
+            .map(|kv| {
+                u64::from(kv.kv_heads)
+                    .checked_mul(2)?
+                    .checked_mul(padded(kv.head_dim)?.into())?
+                    .checked_mul(positions)?
+                    .checked_mul(dims.capacity.max_sequences.into())?
+                    .checked_mul(dims.capacity.kv.bytes())?
+                    .checked_next_multiple_of(ALIGNMENT)
+            })
+            .collect::<Option<Vec<u64>>>()?;
+        Some(Self {
+            values,
+            rows: tokens.checked_mul(size_of::<Row>() as u64)?,
+            kept: tokens.checked_mul(4)?,
+            results: tokens.checked_add(1)?.checked_mul(4)?,
+            parts: tokens.checked_mul(8 * u64::from(ARG_MAX_PARTS))?,
+            tables: dims.table_bytes,
+            sums: sums.checked_mul(attention_tokens)?,
+            partial: partial.checked_mul(attention_tokens)?,
+            attention_tokens: u32::try_from(attention_tokens).ok()?,
+            kv,
+        })
+    }
+
+    /// Bytes of each part in turn.
+    fn parts(&self) -> impl Iterator<Item = u64> + '_ {
+        let rest = [
+            self.rows,
+            self.kept,
+            self.results,
+            self.parts,
+            self.tables,
+            self.sums,
+            self.partial,
+        ];
+        self.values.iter().copied().chain(rest)
+    }
+
+    fn bytes(&self) -> Option<WorkspaceBytes> {
+        let workspace = self.parts().try_fold(0u64, |sum, n| {
+            sum.checked_add(n.checked_next_multiple_of(ALIGNMENT)?)
+        })?;
+        let kv = self.kv.iter().try_fold(0u64, |sum, n| sum.checked_add(*n))?;
+        kv.checked_add(workspace)?;
+        Some(WorkspaceBytes { kv, workspace })
+    }
+}
+
+fn layout(dims: &WorkspaceDims) -> Result<(Layout, WorkspaceBytes)> {
+    if dims.capacity.max_batch_tokens > MAX_BATCH_TOKENS {
+        return Err(Error::Unsupported {
+            backend: crate::NAME.into(),
+            what: UnsupportedWhat::Limit {
+                what: "a batch",
+                limit: MAX_BATCH_TOKENS.into(),
+                found: dims.capacity.max_batch_tokens.into(),
+            },
+        });
+    }
+    if let Some((_, width)) = dims
+        .values
+        .iter()
+        .find(|(kind, width)| token_bytes(*kind, *width).is_none_or(|n| n == 0))
+    {
+        return Err(Error::invalid(
+            "width of a value",
+            "whole vectors of at least one element",
+            width,
+        ));
+    }
+    let found = Layout::new(dims).and_then(|layout| {
+        let bytes = layout.bytes()?;
+        Some((layout, bytes))
+    });
+    found.ok_or_else(|| {
+        Error::invalid(
+            "workspace",
+            "a size below 2^64 bytes",
+            format!("{:?}", dims.capacity),
+        )
+    })
+}
+
+/// Bytes that [`Workspace::new`] takes on the device.
+pub(super) fn bytes(dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
+    layout(dims).map(|(_, bytes)| bytes)
+}
+
+#[derive(Debug)]
+pub(super) struct Workspace {
+    pub(super) dims: WorkspaceDims,
+    pub(super) values: Vec<Place>,
+    pub(super) cache: Vec<CacheLayer>,
+    pub(super) rows: u64,
+    pub(super) kept: u64,
+    /// The fault word; the arg-max ids follow it.
+    pub(super) fault: u64,
+    pub(super) argmax: u64,
+    pub(super) parts: u64,
+    pub(super) tables: u64,
+    pub(super) sums: u64,
+    pub(super) partial: u64,
+    /// Bytes of `sums` and `partial`.
+    pub(super) scratch: (u64, u64),
+    pub(super) attention_tokens: u32,
+    /// Rows, then the numbers of kept tokens.
+    pub(super) staging: PinnedBuffer,
+    /// The fault word and arg-max ids.
+    pub(super) results: PinnedBuffer,
+    /// Tokens that each sequence holds.
+    pub(super) lengths: Vec<u32>,
+    /// The batch in hand.
+    pub(super) batch: Vec<TokenRow>,
+    /// What the addresses above point into.
+    _memory: [DeviceBuffer; 2],
+}
+
+impl Workspace {
+    pub(super) fn new(context: &Arc<Context>, dims: &WorkspaceDims) -> Result<Self> {
+        let (layout, bytes) = layout(dims)?;
+        let kv = DeviceBuffer::new(context, "keys and values", bytes.kv)?;
+        let arena = DeviceBuffer::new(context, "the workspace", bytes.workspace)?;
+        let tokens = dims.capacity.max_batch_tokens as usize;
+        let staging = PinnedBuffer::new(context, "a batch", tokens * (size_of::<Row>() + 4))?;
+        let results = PinnedBuffer::new(context, "arg-max ids", (tokens + 1) * 4)?;
+        let mut next = arena.ptr();
+        let mut places = layout.parts().map(|n| {
+            let at = next;
+            next += n.next_multiple_of(ALIGNMENT);
+            at
+        });
+        let mut values = Vec::with_capacity(dims.values.len());
+        for ((kind, width), ptr) in dims.values.iter().zip(&mut places) {
+            values.push(Place {
+                ptr,
+                width: *width,
+                // `layout` has computed it for every token.
+                token_bytes: token_bytes(*kind, *width).unwrap_or_default(),
+            });
+        }
+        let mut part = || {
+            places
+                .next()
+                .ok_or_else(|| Error::internal(crate::NAME, "a workspace without a part"))
+        };
+        let [rows, kept, fault, parts, tables, sums, partial] =
+            [part()?, part()?, part()?, part()?, part()?, part()?, part()?];
+        let positions = dims.capacity.max_context.next_multiple_of(KEY_BLOCK as u32);
+        let mut base = kv.ptr();
+        let mut cache = Vec::with_capacity(dims.kv.len());
+        for (kv, n) in dims.kv.iter().zip(&layout.kv) {
+            cache.push(CacheLayer {
+                base,
+                kv_heads: kv.kv_heads,
+                head_dim: kv.head_dim,
+                padded: padded(kv.head_dim).unwrap_or_default(),
+                positions,
+            });
+            base += n;
+        }
+        Ok(Self {
+            dims: dims.clone(),
+            values,
+            cache,
+            rows,
+            kept,
+            fault,
+            argmax: fault + 4,
+            parts,
+            tables,
+            sums,
+            partial,
+            scratch: (layout.sums, layout.partial),
+            attention_tokens: layout.attention_tokens,
+            staging,
+            results,
+            lengths: vec![0; dims.capacity.max_sequences as usize],
+            batch: Vec::with_capacity(tokens),
+            _memory: [kv, arena],
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hoist_backend::{Capacity, KvDtype, KvSpec};
+
+    fn dims() -> WorkspaceDims {
+        WorkspaceDims {
+            capacity: Capacity {
+                max_context: 100,
+                max_sequences: 2,
+                max_batch_tokens: 3,
+                kv: KvDtype::F16,
+            },
+            kv: vec![
+                KvSpec {
+                    kv_heads: 2,
+                    head_dim: 12
+                };
+                2
+            ],
+            values: vec![
+                (ValueKind::F32, 48),
+                (ValueKind::Quantized { vectors: 2 }, 640),
+                (ValueKind::F32, 99),
+            ],
+            table_bytes: 400,
+            vocab: 99,
+        }
+    }
+
+    #[test]
+    fn every_part_is_counted() {
+        let bytes = bytes(&dims()).unwrap();
+        // 2 heads × (keys and values) × 16 elements × 128 positions × 2 sequences × 2 bytes, twice.
+        assert_eq!(bytes.kv, 2 * (2 * 2 * 16 * 128 * 2 * 2));
+        // Values: 3 × 192, 3 × 4 × 304, 3 × 396; rows 48; kept 12; results 16; parts 3 × 512; tables; one split of
+        // 4 heads × 8 bytes and of 48 × 4 bytes, for 3 tokens.
+        let parts = [576, 3648, 1188, 48, 12, 16, 1536, 400, 96, 576u64];
+        let sum: u64 = parts.iter().map(|n| n.next_multiple_of(256)).sum();
+        assert_eq!(bytes.workspace, sum);
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused() {
+        let mut wide = dims();
+        wide.capacity.max_batch_tokens = MAX_BATCH_TOKENS + 1;
+        assert!(matches!(bytes(&wide), Err(Error::Unsupported { .. })));
+        let mut large = dims();
+        large.capacity.max_context = u32::MAX;
+        large.capacity.max_sequences = u32::MAX;
+        large.kv[0] = KvSpec {
+            kv_heads: u32::MAX,
+            head_dim: 1 << 30,
+        };
+        assert!(matches!(bytes(&large), Err(Error::InvalidArgument { .. })));
+        let mut none = dims();
+        none.values[1] = (ValueKind::Quantized { vectors: 0 }, 640);
+        assert!(matches!(bytes(&none), Err(Error::InvalidArgument { .. })));
+    }
+}
