@@ -1,17 +1,20 @@
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use bytemuck::{Pod, Zeroable};
 use hoist_backend::{
     BackendInfo, Chunk, DecodeBackend, DecodeProgram, DeviceMemory, EncodingSet, Error, FloatLayout,
-    IndexLayout, IndexReceipt, Lifecycle, Limits, LoadPlan, LoadReceipt, MemoryByClass, MemoryInfo,
-    NumericsClass, OpSet, OpenOptions, Outputs, Result, Role, SequenceId, State, TokenBatch, UnsupportedWhat,
-    UploadLedger, WeightBackend, WeightId, WeightIndex, WorkspaceBytes, WorkspaceDims,
+    IndexLayout, IndexReceipt, Lifecycle, Limits, LoadPlan, LoadReceipt, LoadWatch, MemoryByClass,
+    MemoryInfo, NumericsClass, OpSet, OpenOptions, Outputs, Result, Role, SequenceId, State, TokenBatch,
+    UnsupportedWhat, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource, WorkspaceBytes,
+    WorkspaceDims,
 };
 
 use crate::decode::{self, DeviceWeight, Engine};
 use crate::digest::Hasher;
 use crate::driver::{Context, DeviceBuffer, Stream};
 use crate::layout::{Finisher, Mover, transposing_pieces};
+use crate::load::{self, Equipment};
 use crate::modules::Modules;
 use crate::residency::{EXPONENT_BYTES, INDEX_ENTRY_BYTES, Residency, SIZING};
 
@@ -58,6 +61,10 @@ pub struct CudaBackend {
     pub(crate) device_index: Option<DeviceBuffer>,
     pub(crate) workspace_bytes: WorkspaceBytes,
     pub(crate) engine: Option<Engine>,
+    /// What the first load needs, made by a thread while headers are read.
+    equipment: Option<JoinHandle<Result<Equipment>>>,
+    /// Page-locked bytes that the driver is made to refuse more than; for tests.
+    pub(crate) pin_limit: Option<usize>,
     hasher: Hasher,
     mover: Mover,
     // Handles last: they must outlive what is made of them.
@@ -89,6 +96,14 @@ impl CudaBackend {
         let context = Context::open(ordinal)?;
         let modules = Arc::new(Modules::new(&context));
         let stream = Stream::new(&context)?;
+        let equipment = {
+            let (context, modules, threads) = (Arc::clone(&context), Arc::clone(&modules), options.threads);
+            // Without a thread it is made when it is needed.
+            std::thread::Builder::new()
+                .name("hoist-equip".into())
+                .spawn(move || Equipment::new(&context, &modules, threads, None))
+                .ok()
+        };
         let (hasher, mover) = (Hasher::new(&modules)?, Mover::new(&modules)?);
         let mut backend = Self {
             info: BackendInfo {
@@ -120,6 +135,8 @@ impl CudaBackend {
             device_index: None,
             workspace_bytes: WorkspaceBytes::default(),
             engine: None,
+            equipment,
+            pin_limit: None,
             hasher,
             mover,
             stream,
@@ -278,6 +295,38 @@ impl WeightBackend for CudaBackend {
 
     fn upload_gamma(&mut self, chunk: Chunk<'_>) -> Result<()> {
         self.upload("upload_gamma", chunk, UploadLedger::record_gamma)
+    }
+
+    fn load_from(&mut self, plan: &LoadPlan, source: &dyn WeightSource, watch: &dyn LoadWatch) -> Result<()> {
+        self.lifecycle.expect("load_from", State::Loading)?;
+        self.context.bind()?;
+        let (Some(residency), Some(ledger)) = (&self.residency, &self.ledger) else {
+            return Err(Error::internal(crate::NAME, "a load without weights"));
+        };
+        residency.check_is(plan)?;
+        // The books are replaced only when everything has arrived.
+        let mut complete = ledger.clone();
+        for weight in &plan.weights {
+            complete.record(weight.id, 0, weight.nbytes, &[weight.class])?;
+        }
+        let ready = self.equipment.take().filter(|_| self.pin_limit.is_none());
+        let equipment = match ready.map(JoinHandle::join) {
+            Some(Ok(Ok(equipment))) => equipment,
+            // Made anew: a later load, or one that had no thread, or what went wrong then goes wrong again and says so.
+            _ => Equipment::new(&self.context, &self.modules, self.options.threads, self.pin_limit)?,
+        };
+        self.notes = load::run(
+            &self.context,
+            &self.modules,
+            equipment,
+            residency,
+            plan,
+            source,
+            watch,
+        )?;
+        self.ledger = Some(complete);
+        self.finished = true;
+        Ok(())
     }
 
     fn finish_load(&mut self) -> Result<LoadReceipt> {

@@ -20,6 +20,7 @@ mod decode;
 mod digest;
 mod driver;
 mod layout;
+mod load;
 mod modules;
 mod provider;
 mod residency;

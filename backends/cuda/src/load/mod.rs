@@ -1,0 +1,655 @@
+//! Pulls a plan onto the device: reader threads fill slots of a small pinned ring, and each copies its own on.
+//!
+//! ```text
+//! file ──pread──▶ slot (two a thread) ──one stream a thread──▶ arena          (large runs)
+//!                                     └─▶ staging ──kernel──▶ arena          (small tensors, changed values)
+//! weights that are whole ──second stream──▶ row exponents, checks
+//! ```
+//!
+//! A thread reads into one slot while the other one's copy is under way; events tell when a slot is free and its bytes
+//! have arrived. The calling thread counts what is whole, starts what follows on a second stream, and watches: for
+//! progress, cancellation and reads that stand still. Reader threads borrow nothing, so that one that hangs in a read from
+//! a dead disk does not hang the caller.
+
+mod input;
+mod ring;
+mod schedule;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use hoist_backend::{
+    Error, FloatLayout, LoadPlan, LoadWatch, Phase, Progress, Result, WeightId, WeightSource,
+};
+
+use self::input::{Input, Path};
+use self::ring::{Pinning, Ring};
+use self::schedule::{Chunk, How, MAX_PIECES, PAGE, STAGED_BYTES, Schedule, TABLE_BYTES};
+use crate::driver::{Context, DeviceBuffer, Event, Stream};
+use crate::layout::{Finisher, Mover, transposing_pieces};
+use crate::modules::Modules;
+use crate::residency::Residency;
+
+/// Most reader threads: with two slots of 4 MiB each they keep the link busy while half of them read.
+const MAX_THREADS: usize = 16;
+/// Fewest, where the caller names no number: reads that go past the page cache want to be many at a time.
+const MIN_THREADS: usize = 8;
+/// Bytes that become whole before what follows is started.
+const FINISH_BYTES: u64 = 64 << 20;
+/// Weights, likewise.
+const FINISH_WEIGHTS: usize = 4096;
+/// How often the calling thread looks around.
+const TICK: Duration = Duration::from_millis(10);
+/// A read that stands still for so long is given up.
+const STALL: Duration = Duration::from_secs(60);
+/// A pause that the report mentions.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Bytes of a thread's staging on the device.
+const STAGING_BYTES: u64 = (PAGE + STAGED_BYTES + PAGE + TABLE_BYTES).next_multiple_of(256);
+
+/// What a load needs and a plan does not decide: made ahead of it, while headers are read.
+#[derive(Debug)]
+pub(crate) struct Equipment {
+    ring: Arc<Ring>,
+    lanes: Vec<Lane>,
+    finishing: Stream,
+    took: Duration,
+}
+
+/// A thread's own stream, and an event for each of its two slots.
+#[derive(Debug)]
+struct Lane {
+    stream: Stream,
+    events: [Event; 2],
+}
+
+/// Reader threads where the caller names none.
+fn default_threads() -> usize {
+    std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .clamp(MIN_THREADS, MAX_THREADS)
+}
+
+impl Equipment {
+    /// For `threads` readers, or a number of its own.
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        modules: &Modules,
+        threads: Option<u32>,
+        pin_limit: Option<usize>,
+    ) -> Result<Self> {
+        let started = Instant::now();
+        context.bind()?;
+        let threads = threads.map_or_else(default_threads, |n| (n as usize).min(MAX_THREADS));
+        // The calling thread has a lane too, for what only the source can read.
+        let ring = Ring::new(context, 2 * (threads + 1), pin_limit)?;
+        let lanes = (0..ring.slots() / 2)
+            .map(|_| {
+                Ok(Lane {
+                    stream: Stream::new(context)?,
+                    events: [Event::new(context)?, Event::new(context)?],
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        // Code is given to the driver now rather than in the middle of the load.
+        Mover::new(modules)?;
+        modules.function("residency", "finish_weights")?;
+        Ok(Self {
+            ring: Arc::new(ring),
+            lanes,
+            finishing: Stream::new(context)?,
+            took: started.elapsed(),
+        })
+    }
+}
+
+/// What the threads of a load share; it borrows nothing.
+struct Shared {
+    context: Arc<Context>,
+    inputs: Vec<Option<Input>>,
+    chunks: Vec<Chunk>,
+    next: AtomicUsize,
+    stop: AtomicBool,
+    error: Mutex<Option<Error>>,
+    /// Canonical bytes of each weight that have not arrived.
+    missing: Vec<AtomicU64>,
+    /// Canonical bytes that have arrived.
+    arrived: AtomicU64,
+    /// Source bytes read, by [`Path`].
+    read: [AtomicU64; 3],
+    mover: Mover,
+    staging: Option<DeviceBuffer>,
+    ring: Arc<Ring>,
+    /// Kept until the last thread has ended, so that none writes to memory that was given back.
+    _arena: Arc<DeviceBuffer>,
+    /// The chunk that each thread has in hand, plus one.
+    in_hand: Vec<AtomicUsize>,
+}
+
+enum Message {
+    /// A weight is whole.
+    Whole(u32),
+    /// A thread has ended.
+    Ended,
+}
+
+impl Shared {
+    fn fail(&self, error: Error) {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut first = self.error.lock().unwrap_or_else(|e| e.into_inner());
+        first.get_or_insert(error);
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Counts what has arrived.
+    fn arrive(&self, arrivals: &[(u32, u64)], sender: &Sender<Message>) {
+        for (weight, nbytes) in arrivals {
+            let before = self.missing[*weight as usize].fetch_sub(*nbytes, Ordering::AcqRel);
+            self.arrived.fetch_add(*nbytes, Ordering::Relaxed);
+            if before == *nbytes {
+                // Nobody listens any more once the load has failed.
+                let _ = sender.send(Message::Whole(*weight));
+            }
+        }
+    }
+
+    /// Starts a chunk on its way from a slot.
+    fn send(
+        &self,
+        lane: &Lane,
+        lane_number: usize,
+        slot: &mut [u8],
+        head: usize,
+        how: &How,
+        len: usize,
+    ) -> Result<()> {
+        match how {
+            How::Copies(copies) => {
+                for copy in copies {
+                    let from = head + copy.from as usize;
+                    let bytes = &slot[from..from + copy.nbytes as usize];
+                    // SAFETY: the schedule keeps destinations within the arena and apart; the slot is not touched
+                    // before its event has passed.
+                    unsafe { lane.stream.copy_htod(copy.to, bytes)? };
+                }
+                Ok(())
+            }
+            How::Staged(pieces) => {
+                let staging = self
+                    .staging
+                    .as_ref()
+                    .ok_or_else(|| Error::internal(crate::NAME, "a staged chunk without staging"))?;
+                let at = staging.ptr() + lane_number as u64 * STAGING_BYTES;
+                let table_at = (head + len).next_multiple_of(64);
+                let table: &[u8] = bytemuck::cast_slice(pieces);
+                let end = table_at + table.len();
+                if end as u64 > STAGING_BYTES || pieces.len() > MAX_PIECES {
+                    return Err(Error::internal(crate::NAME, "a staged chunk that does not fit"));
+                }
+                slot[table_at..end].copy_from_slice(table);
+                let first = head / 16 * 16;
+                // SAFETY: the staging is this lane's, and its stream orders this copy after the kernel that read it
+                // last; the slot is not touched before its event has passed.
+                unsafe { lane.stream.copy_htod(at + first as u64, &slot[first..end])? };
+                // SAFETY: the pieces' sources are within the chunk; the schedule keeps destinations within the arena
+                // and apart.
+                unsafe {
+                    self.mover
+                        .launch(&lane.stream, pieces, at + table_at as u64, at + head as u64)
+                }
+            }
+        }
+    }
+
+    /// What a reader thread does.
+    fn read_chunks(&self, lane: &Lane, number: usize, sender: &Sender<Message>) -> Result<()> {
+        self.context.bind()?;
+        // The chunk whose copy each slot holds.
+        let mut held: [Option<usize>; 2] = [None, None];
+        for turn in 0.. {
+            let side = turn % 2;
+            if let Some(before) = held[side].take() {
+                lane.events[side].synchronize()?;
+                self.arrive(&self.chunks[before].arrivals, sender);
+            }
+            if self.stopped() {
+                break;
+            }
+            let next = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(chunk) = self.chunks.get(next) else { break };
+            self.in_hand[number].store(next + 1, Ordering::Relaxed);
+            // SAFETY: the slot is this thread's, and the copy from it has passed.
+            let slot = unsafe { self.ring.slot(2 * number + side) };
+            let input = self
+                .inputs
+                .get(chunk.file as usize)
+                .and_then(Option::as_ref)
+                .ok_or_else(|| Error::internal(crate::NAME, "a chunk of a file that cannot be read"))?;
+            let path = input.read(chunk.start, chunk.end, slot)?;
+            self.in_hand[number].store(0, Ordering::Relaxed);
+            self.read[path as usize].fetch_add(chunk.nbytes(), Ordering::Relaxed);
+            if self.stopped() {
+                break;
+            }
+            let head = (chunk.start % PAGE) as usize;
+            self.send(lane, number, slot, head, &chunk.how, chunk.nbytes() as usize)?;
+            lane.events[side].record(&lane.stream)?;
+            held[side] = Some(next);
+        }
+        // In the order they were sent.
+        let mut left: Vec<(usize, usize)> = held
+            .iter()
+            .enumerate()
+            .filter_map(|(side, h)| Some(((*h)?, side)))
+            .collect();
+        left.sort_unstable();
+        for (chunk, side) in left {
+            lane.events[side].synchronize()?;
+            self.arrive(&self.chunks[chunk].arrivals, sender);
+        }
+        Ok(())
+    }
+}
+
+/// Says that a thread has ended, however it did.
+struct Farewell(Sender<Message>);
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        let _ = self.0.send(Message::Ended);
+    }
+}
+
+/// The load, as the calling thread sees it.
+struct Load<'a> {
+    shared: Arc<Shared>,
+    plan: &'a LoadPlan,
+    residency: &'a Residency,
+    watch: &'a dyn LoadWatch,
+    finishing: &'a Stream,
+    finisher: Finisher,
+    /// Each weight's place in the order of arrival.
+    ranks: Vec<u32>,
+    /// Ranks of weights that are whole and wait for what follows.
+    waiting: Vec<u32>,
+    waiting_bytes: u64,
+    /// When bytes last arrived or were read, and how many had been.
+    last: (Instant, u64),
+    longest_pause: Duration,
+}
+
+impl Load<'_> {
+    /// Takes note of a message; starts what follows once enough is whole.
+    fn whole(&mut self, weight: u32) -> Result<()> {
+        self.waiting.push(self.ranks[weight as usize]);
+        self.waiting_bytes += self.residency.weights[weight as usize].nbytes;
+        if self.waiting_bytes >= FINISH_BYTES || self.waiting.len() >= FINISH_WEIGHTS {
+            self.finish_waiting()?;
+        }
+        Ok(())
+    }
+
+    fn finish_waiting(&mut self) -> Result<()> {
+        self.finisher.launch(self.finishing, &mut self.waiting)?;
+        self.waiting.clear();
+        self.waiting_bytes = 0;
+        Ok(())
+    }
+
+    /// Reports progress; looks for a cancel and for reads that stand still.
+    fn look_around(&mut self) -> Result<()> {
+        let arrived = self.shared.arrived.load(Ordering::Relaxed);
+        self.watch.progress(Progress {
+            phase: Phase::Upload,
+            weight: None,
+            done: arrived.min(self.plan.nbytes),
+            total: self.plan.nbytes,
+        });
+        if self.watch.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        let read: u64 = self.shared.read.iter().map(|n| n.load(Ordering::Relaxed)).sum();
+        let now = Instant::now();
+        if read + arrived != self.last.1 {
+            self.last = (now, read + arrived);
+            return Ok(());
+        }
+        let pause = now - self.last.0;
+        self.longest_pause = self.longest_pause.max(pause);
+        if pause < STALL {
+            return Ok(());
+        }
+        let stuck = self
+            .shared
+            .in_hand
+            .iter()
+            .filter_map(|h| self.shared.chunks.get(h.load(Ordering::Relaxed).wrapping_sub(1)))
+            .min_by_key(|chunk| (chunk.file, chunk.start));
+        let (file, offset, len) = match stuck {
+            Some(chunk) => (
+                self.shared.inputs[chunk.file as usize]
+                    .as_ref()
+                    .map_or_else(String::new, Input::path),
+                chunk.start,
+                chunk.nbytes(),
+            ),
+            None => {
+                return Err(Error::DeviceLost {
+                    device: self.shared.context.id().into(),
+                    reason: format!("no copy to it has ended for {} s", STALL.as_secs()),
+                });
+            }
+        };
+        Err(Error::SourceIo {
+            file,
+            offset,
+            len,
+            error: std::io::Error::new(
+                std::io::ErrorKind::TimedOut,
+                format!("no byte has come for {} s", STALL.as_secs()),
+            ),
+        })
+    }
+
+    /// Listens until all `threads` have ended.
+    fn listen(&mut self, receiver: &Receiver<Message>, mut threads: usize) -> Result<()> {
+        let mut looked = Instant::now();
+        while threads > 0 {
+            match receiver.recv_timeout(TICK) {
+                Ok(Message::Whole(weight)) => self.whole(weight)?,
+                Ok(Message::Ended) => threads -= 1,
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+            }
+            if looked.elapsed() >= TICK {
+                looked = Instant::now();
+                self.look_around()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what only the source can, on this thread.
+    fn read_through_source(
+        &mut self,
+        weights: &[WeightId],
+        source: &dyn WeightSource,
+        lane: &Lane,
+        number: usize,
+        sender: &Sender<Message>,
+    ) -> Result<()> {
+        for id in weights {
+            let weight = self.residency.weight(*id)?;
+            let plan = self.plan.weight(*id)?;
+            // Whole elements and blocks; few enough matrices for the table.
+            let granule = plan.granule();
+            let mut step = (STAGED_BYTES / granule).max(1) * granule;
+            if weight.layout == FloatLayout::InOut {
+                step = step.min((MAX_PIECES as u64 / 3 - 2) * weight.matrix_bytes());
+            }
+            let mut offset = 0;
+            while offset < plan.nbytes {
+                if self.shared.stopped() {
+                    return Ok(());
+                }
+                let len = step.min(plan.nbytes - offset);
+                // SAFETY: the slot is this thread's, and the copy from it has passed: the stream is waited for below.
+                let slot = unsafe { self.shared.ring.slot(2 * number) };
+                source.read_at(*id, offset, &mut slot[..len as usize])?;
+                self.shared.read[Path::Cache as usize].fetch_add(len, Ordering::Relaxed);
+                let how = if weight.layout == FloatLayout::InOut {
+                    How::Staged(transposing_pieces(weight, offset, len, 0))
+                } else {
+                    How::Copies(vec![schedule::Copy {
+                        from: 0,
+                        to: weight.ptr + offset,
+                        nbytes: len,
+                    }])
+                };
+                self.shared.send(lane, number, slot, 0, &how, len as usize)?;
+                lane.stream.synchronize()?;
+                self.shared.arrive(&[(id.0, len)], sender);
+                offset += len;
+                self.look_around()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How a load went, as (name, value).
+pub(crate) type Notes = Vec<(String, String)>;
+
+/// Reads every weight of the plan to its place, and finishes it.
+///
+/// # Errors
+/// [`Error::SourceIo`], [`Error::OutOfMemory`], [`Error::NonFiniteWeight`], [`Error::Cancelled`], [`Error::DeviceLost`].
+pub(crate) fn run(
+    context: &Arc<Context>,
+    modules: &Modules,
+    equipment: Equipment,
+    residency: &Residency,
+    plan: &LoadPlan,
+    source: &dyn WeightSource,
+    watch: &dyn LoadWatch,
+) -> Result<Notes> {
+    let started = Instant::now();
+    let Equipment {
+        ring,
+        mut lanes,
+        finishing,
+        took,
+    } = equipment;
+    let Schedule {
+        mut chunks,
+        mut through_source,
+        order,
+    } = schedule::schedule(plan, &residency.weights, source.files())?;
+    let inputs: Vec<Option<Input>> = source
+        .files()
+        .iter()
+        .enumerate()
+        .map(|(i, file)| Input::new(source, i as u32, file))
+        .collect();
+    // A file that can be read in no other way than through the source.
+    let readable = |chunk: &Chunk| inputs.get(chunk.file as usize).is_some_and(Option::is_some);
+    if !chunks.iter().all(readable) {
+        chunks.clear();
+        through_source = order.iter().map(|w| WeightId(*w)).collect();
+    }
+    let mut ranks = vec![0; order.len()];
+    for (rank, weight) in order.iter().enumerate() {
+        ranks[*weight as usize] = rank as u32;
+    }
+    let staged = chunks.iter().filter(|c| matches!(c.how, How::Staged(_))).count();
+    let transposed = residency.weights.iter().any(|w| w.layout == FloatLayout::InOut);
+    let staging = if staged > 0 || (transposed && !through_source.is_empty()) {
+        Some(DeviceBuffer::new(
+            context,
+            "staging of small tensors",
+            lanes.len() as u64 * STAGING_BYTES,
+        )?)
+    } else {
+        None
+    };
+    let finisher = Finisher::new(context, modules, &finishing, residency, &order)?;
+    let counts = (chunks.len() - staged, staged, through_source.len());
+    let direct_possible = inputs.iter().flatten().any(Input::is_direct);
+    let pinning = (ring.pinning(), ring.nbytes(), lanes.len() - 1);
+    let prepared = started.elapsed();
+
+    let own = lanes
+        .pop()
+        .ok_or_else(|| Error::internal(crate::NAME, "a ring without slots"))?;
+    let own_number = lanes.len();
+    let shared = Arc::new(Shared {
+        context: Arc::clone(context),
+        inputs,
+        chunks,
+        next: AtomicUsize::new(0),
+        stop: AtomicBool::new(false),
+        error: Mutex::new(None),
+        missing: residency
+            .weights
+            .iter()
+            .map(|w| AtomicU64::new(w.nbytes))
+            .collect(),
+        arrived: AtomicU64::new(0),
+        read: Default::default(),
+        mover: Mover::new(modules)?,
+        staging,
+        ring,
+        _arena: Arc::clone(&residency.arena),
+        in_hand: (0..=lanes.len()).map(|_| AtomicUsize::new(0)).collect(),
+    });
+    let (sender, receiver) = channel();
+    let mut load = Load {
+        shared: Arc::clone(&shared),
+        plan,
+        residency,
+        watch,
+        finishing: &finishing,
+        finisher,
+        ranks,
+        waiting: Vec::new(),
+        waiting_bytes: 0,
+        last: (Instant::now(), 0),
+        longest_pause: Duration::ZERO,
+    };
+    let threads = start_readers(&shared, lanes, &sender);
+    let outcome = if threads.is_empty() && !shared.chunks.is_empty() {
+        // A ring of two slots, or a system without threads: this one does it all.
+        let read = shared.read_chunks(&own, own_number, &sender);
+        drain(&mut load, &receiver).and(read)
+    } else {
+        Ok(())
+    }
+    .and_then(|()| load.read_through_source(&through_source, source, &own, own_number, &sender))
+    .and_then(|()| load.listen(&receiver, threads.len()))
+    .and_then(|()| drain(&mut load, &receiver));
+    if let Err(error) = outcome {
+        shared.fail(error);
+    }
+    join(threads, &shared)?;
+    let first_error = shared.error.lock().unwrap_or_else(|e| e.into_inner()).take();
+    if let Some(error) = first_error {
+        // What is in flight must have ended before memory is given back.
+        context.synchronize()?;
+        return Err(error);
+    }
+    load.finish_waiting()?;
+    if let Some(short) = shared.missing.iter().position(|m| m.load(Ordering::Acquire) != 0) {
+        return Err(Error::internal(
+            crate::NAME,
+            format!("`{}` is not whole after the load", residency.weights[short].name),
+        ));
+    }
+    let read = Instant::now();
+    load.finisher.check(&finishing, residency)?;
+    watch.progress(Progress {
+        phase: Phase::Upload,
+        weight: None,
+        done: plan.nbytes,
+        total: plan.nbytes,
+    });
+    let way = |path: Path| shared.read[path as usize].load(Ordering::Relaxed);
+    let ms = |d: Duration| format!("{:.1} ms", d.as_secs_f64() * 1e3);
+    let (pinning, ring_bytes, readers) = pinning;
+    let mut notes = vec![
+        ("reader threads".to_string(), readers.to_string()),
+        (
+            "ring".into(),
+            match pinning {
+                Pinning::Full => format!("{ring_bytes} bytes, pinned, huge pages"),
+                Pinning::Reduced => {
+                    format!("{ring_bytes} bytes, pinned: the driver refused to lock more")
+                }
+                Pinning::Pageable => {
+                    format!("{ring_bytes} bytes, pageable: the driver refused to lock memory")
+                }
+            },
+        ),
+        (
+            "bytes through the page cache".into(),
+            way(Path::Cache).to_string(),
+        ),
+        ("bytes past the page cache".into(), way(Path::Direct).to_string()),
+        ("bytes from memory".into(), way(Path::Memory).to_string()),
+        (
+            "direct reads".into(),
+            if direct_possible {
+                "possible"
+            } else {
+                "not possible"
+            }
+            .into(),
+        ),
+        ("chunks copied to their places".into(), counts.0.to_string()),
+        ("chunks staged on the device".into(), counts.1.to_string()),
+        ("weights read through the source".into(), counts.2.to_string()),
+        ("ring and streams ready after".into(), ms(took)),
+        ("schedule".into(), ms(prepared)),
+        ("reading and copying".into(), ms(read - started - prepared)),
+        ("checks after the last byte".into(), ms(read.elapsed())),
+    ];
+    if load.longest_pause >= PAUSE {
+        notes.push(("longest pause of the source".into(), ms(load.longest_pause)));
+    }
+    Ok(notes)
+}
+
+/// Takes what is already there.
+fn drain(load: &mut Load<'_>, receiver: &Receiver<Message>) -> Result<()> {
+    while let Ok(message) = receiver.try_recv() {
+        if let Message::Whole(weight) = message {
+            load.whole(weight)?;
+        }
+    }
+    Ok(())
+}
+
+/// Starts a thread for each lane; one that cannot be started is one fewer.
+fn start_readers(shared: &Arc<Shared>, lanes: Vec<Lane>, sender: &Sender<Message>) -> Vec<JoinHandle<()>> {
+    let most = shared.chunks.len();
+    lanes
+        .into_iter()
+        .take(most)
+        .enumerate()
+        .filter_map(|(number, lane)| {
+            let (shared, sender) = (Arc::clone(shared), sender.clone());
+            std::thread::Builder::new()
+                .name("hoist-load".into())
+                .spawn(move || {
+                    let farewell = Farewell(sender);
+                    if let Err(error) = shared.read_chunks(&lane, number, &farewell.0) {
+                        shared.fail(error);
+                    }
+                })
+                .ok()
+        })
+        .collect()
+}
+
+/// Waits for the readers, but not for one that stands still in a read after the load has failed.
+fn join(threads: Vec<JoinHandle<()>>, shared: &Shared) -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let started = Instant::now();
+    for thread in threads {
+        while shared.stopped() && !thread.is_finished() && started.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if shared.stopped() && !thread.is_finished() {
+            // It holds all that it uses, and sends nothing once it finds that the load has stopped.
+            continue;
+        }
+        if thread.join().is_err() {
+            shared.fail(Error::internal(crate::NAME, "a reader thread panicked"));
+        }
+    }
+    Ok(())
+}
