@@ -5,6 +5,7 @@
 
 mod backend;
 mod cache;
+mod contention;
 mod decode;
 mod elementary;
 mod finite;

@@ -2,31 +2,25 @@
 //!
 //! A run is a number of tickets on a shared counter: whoever is there takes the next, the caller too, and each is run once. A
 //! worker that the system has put aside before it joined is not waited for, since its share is nobody's in particular; one
-//! that is put aside within a ticket is, and the caller sleeps until it is done. Others that compete for the processors thus
-//! cost what they take and no more. Workers spin between runs for as long as runs lie apart within a decode step, then sleep.
+//! that is put aside within a ticket is, and the caller sleeps until it is done. Where that happens a lot, workers are left out
+//! for a while ([`Contention`]). Workers spin between runs for as long as runs lie apart within a decode step, then sleep.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use hoist_backend::{Error, Result};
+
+use crate::contention::Contention;
 
 /// Turns of a waiting loop before it sleeps: a fraction of a millisecond, longer than what lies between two operations.
 const SPINS: u32 = 1 << 14;
 
 /// As [`SPINS`] where there are more threads than processors: whoever spins keeps another from working.
 const SPINS_CROWDED: u32 = 1 << 6;
-
-/// A worker that keeps the caller waiting for so many of the caller's own tickets was not at work all that time.
-const LATE_TICKETS: u32 = 8;
-
-/// ... if it was at least this long: what waking up takes is no sign of anything.
-const LATE_AT_LEAST: Duration = Duration::from_micros(500);
-
-/// After waiting in vain the caller works alone for so many times as long, so that waiting costs at most a small part.
-const ALONE: u32 = 16;
 
 /// Tickets of one run, on the stack of the thread that asked for it.
 struct Run<'a> {
@@ -37,16 +31,14 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Takes tickets until there are none; says how many it took.
-    fn work(&self, thread: usize) -> u32 {
-        let mut taken = 0;
+    /// Takes tickets until there are none.
+    fn work(&self, thread: usize) {
         loop {
             let ticket = self.next.fetch_add(1, Ordering::Relaxed);
             if ticket >= self.tickets {
-                return taken;
+                return;
             }
             (self.job)(thread, ticket);
-            taken += 1;
         }
     }
 }
@@ -74,8 +66,7 @@ struct Shared {
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// Until when the workers are left alone, since others seem to want the processors.
-    alone_until: Option<Instant>,
+    contention: Contention,
 }
 
 impl std::fmt::Debug for Pool {
@@ -85,11 +76,15 @@ impl std::fmt::Debug for Pool {
 }
 
 /// Closes a run and waits for those who joined it, even if the caller's own part unwinds: they still read what it lent them.
-struct Close<'a>(&'a Shared);
+struct Close<'a> {
+    shared: &'a Shared,
+    /// Told whether this thread slept.
+    slept: &'a Cell<bool>,
+}
 
 impl Drop for Close<'_> {
     fn drop(&mut self) {
-        let shared = self.0;
+        let shared = self.shared;
         // Either a worker that counts itself sees this, or the loads below see its count: all are SeqCst.
         shared.epoch.fetch_add(1, Ordering::SeqCst);
         for _ in 0..shared.spins {
@@ -98,6 +93,7 @@ impl Drop for Close<'_> {
             }
             std::hint::spin_loop();
         }
+        self.slept.set(true);
         let mut guard = shared.lock();
         // Either the last worker to leave sees this and wakes, or the load below sees that it left.
         shared.waiting.store(true, Ordering::SeqCst);
@@ -128,7 +124,7 @@ impl Pool {
         let mut pool = Self {
             shared,
             workers: Vec::with_capacity(threads - 1),
-            alone_until: None,
+            contention: Contention::default(),
         };
         for number in 1..threads {
             let shared = pool.shared.clone();
@@ -153,7 +149,7 @@ impl Pool {
     /// Runs `job(thread, ticket)` once for each of `0..tickets`, on whatever threads are free, this one (number 0) among
     /// them; returns when all are done. `&mut`: one run at a time.
     pub(crate) fn run(&mut self, tickets: usize, job: &(dyn Fn(usize, usize) + Sync)) {
-        if tickets <= 1 || self.workers.is_empty() || self.is_alone() {
+        if tickets <= 1 || self.workers.is_empty() || self.contention.is_alone() {
             return (0..tickets).for_each(|ticket| job(0, ticket));
         }
         let shared = &*self.shared;
@@ -171,14 +167,15 @@ impl Pool {
             shared.opened.notify_all();
         }
         let started = Instant::now();
-        let close = Close(shared);
-        let own = run.work(0);
-        let worked = started.elapsed();
+        let slept = Cell::new(false);
+        let close = Close {
+            shared,
+            slept: &slept,
+        };
+        run.work(0);
+        let worked = Instant::now();
         drop(close);
-        let waited = started.elapsed().saturating_sub(worked);
-        if waited > LATE_AT_LEAST && waited > worked * LATE_TICKETS / own.max(1) {
-            self.alone_until = Some(Instant::now() + waited * ALONE);
-        }
+        self.contention.account(started, worked, slept.get());
         #[expect(
             clippy::panic,
             reason = "a worker's panic goes on in the thread that asked for the work"
@@ -186,14 +183,6 @@ impl Pool {
         if shared.panicked.swap(false, Ordering::Relaxed) {
             panic!("a worker of the CPU backend panicked");
         }
-    }
-
-    fn is_alone(&mut self) -> bool {
-        let alone = self.alone_until.is_some_and(|until| Instant::now() < until);
-        if !alone {
-            self.alone_until = None;
-        }
-        alone
     }
 
     /// Runs `part` on pieces of `0..n` of `grain` each (the last may be shorter), whoever is free taking the next; gives it
@@ -322,6 +311,7 @@ impl<'a, T> Disjoint<'a, T> {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::AtomicU8;
+    use std::time::Duration;
 
     use super::*;
 
@@ -380,7 +370,7 @@ mod tests {
                 let tickets = (random >> 33) as usize % 9;
                 let out = Disjoint::new(&mut values);
                 // Others are let in only by what the pool itself decides: no time alone is carried over.
-                pool.alone_until = None;
+                pool.contention = Contention::default();
                 pool.run(tickets, &|_, ticket| {
                     // SAFETY: one element a ticket. It is read by the caller, without an atomic, after the run.
                     let value = &mut unsafe { out.part(ticket * 7, 1) }[0];
@@ -415,10 +405,6 @@ mod tests {
             }
         });
         assert!(by_caller.into_inner() > 900);
-        assert!(pool.is_alone(), "waiting in vain is not repeated at once");
-        pool.run(10, &|thread, _| assert_eq!(thread, 0));
-        std::thread::sleep(Duration::from_millis(30) * (ALONE + 4));
-        assert!(!pool.is_alone(), "it tries again");
     }
 
     #[test]
