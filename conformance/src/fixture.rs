@@ -382,8 +382,8 @@ pub struct Source {
     canonical: Vec<Vec<u8>>,
     files: Vec<SourceFile>,
     mapping: Arc<ReadOnly>,
-    /// Kept as long as the source: it is deleted when dropped.
-    _on_disk: Option<tempfile::NamedTempFile>,
+    /// Deleted when dropped.
+    on_disk: Option<tempfile::NamedTempFile>,
     /// Calls of `read_at` so far.
     pub reads: AtomicU64,
     /// The call of `read_at`, counted from 0, from which on it fails; and any call for the files' bytes after it was
@@ -423,7 +423,7 @@ impl Source {
             canonical: model.canonical.clone(),
             files: vec![file],
             mapping: Arc::new(ReadOnly::new(&model.file)?),
-            _on_disk: on_disk,
+            on_disk,
             reads: AtomicU64::new(0),
             fail_from: None,
         })
@@ -437,6 +437,23 @@ impl Source {
             file.file = None;
         }
         self
+    }
+}
+
+impl Source {
+    /// Cuts the file on disk, after its plan was made.
+    ///
+    /// # Errors
+    /// A failure of the suite itself.
+    pub fn cut_by(self, bytes: u64) -> std::result::Result<Self, Failure> {
+        if let Some(on_disk) = &self.on_disk {
+            let len = self.files.first().map_or(0, |f| f.len);
+            on_disk
+                .as_file()
+                .set_len(len.saturating_sub(bytes))
+                .map_err(|e| Failure::new("a temporary file of the suite", "", "to be cut", e))?;
+        }
+        Ok(self)
     }
 }
 

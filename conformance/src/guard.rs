@@ -267,6 +267,49 @@ impl DerefMut for WritableF32 {
     }
 }
 
+/// A file mapped read-only.
+#[derive(Debug)]
+pub struct FileMap {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone and is only read.
+unsafe impl Send for FileMap {}
+// SAFETY: as above.
+unsafe impl Sync for FileMap {}
+
+impl FileMap {
+    /// Maps `len` bytes of a file that nobody changes: a temporary one of the suite's own.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn new(file: &std::fs::File, len: u64) -> std::io::Result<Self> {
+        let len = usize::try_from(len).map_err(std::io::Error::other)?;
+        // SAFETY: asks for new pages anywhere; nothing that exists is replaced.
+        let base = unsafe { rustix::mm::mmap(null_mut(), len, ProtFlags::READ, MapFlags::SHARED, file, 0) }?;
+        let base = NonNull::new(base.cast::<u8>()).ok_or_else(|| std::io::Error::other("address 0"))?;
+        Ok(Self { base, len })
+    }
+}
+
+impl Deref for FileMap {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the whole mapping is readable, and the file is as long as it and not changed.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for FileMap {
+    fn drop(&mut self) {
+        // SAFETY: the whole mapping belongs to this value.
+        let unmapped = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.len) };
+        debug_assert!(unmapped.is_ok());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,6 +15,7 @@ pub mod ops;
 pub mod performance;
 pub mod residency;
 pub mod resources;
+mod support;
 pub mod workspace;
 
 /// A suite: its name, and what makes its cases.
