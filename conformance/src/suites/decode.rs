@@ -1,8 +1,0 @@
-//! Cases of the `decode` suite.
-
-use crate::Case;
-
-/// The cases.
-pub fn cases() -> Vec<Case> {
-    Vec::new()
-}
