@@ -48,6 +48,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "hoist-formats",
             "hoist-model",
             "hoist-plugin-abi",
+            "hoist-synth",
         ],
     ),
 ];
