@@ -6,6 +6,7 @@
 //! | `kernels` | which kernel serves which encoding |
 //! | `params` | what kernels take |
 //! | `steps` | each operation as launches |
+//! | `persistent` | a whole token of a llama-like program as one launch |
 //! | `graph` | a step recorded once |
 //!
 //! Every operation runs for any number of tokens. A batch of one token that wants something is recorded as a graph when a
@@ -15,6 +16,7 @@
 mod graph;
 mod kernels;
 mod params;
+mod persistent;
 mod steps;
 mod workspace;
 
@@ -27,6 +29,7 @@ use hoist_backend::{
 
 use self::graph::Graph;
 use self::params::Row;
+use self::persistent::Persistent;
 use self::steps::Prepared;
 use self::workspace::Workspace;
 use crate::driver::{Context, Stream};
@@ -122,10 +125,25 @@ impl Engine {
             at += bytes.len() as u64;
         }
         self.stream.synchronize()?;
+        let persistent = Persistent::new(
+            &self.context,
+            modules,
+            &self.stream,
+            &prepared.resolved,
+            &prepared.tables,
+            &self.workspace,
+            &weight,
+        )?;
         self.graph = Some(Graph::record(&self.stream, || {
             self.upload_rows(1)?;
-            self.body(&prepared, 1, None)?;
-            self.tail(&prepared, 1)?;
+            if let Some(persistent) = &persistent {
+                prepared.launch(&self.stream, &self.workspace, 0..persistent.before, 1, None)?;
+                persistent.launch(&self.stream)?;
+                prepared.arg_max(&self.stream, &self.workspace, 1)?;
+            } else {
+                self.body(&prepared, 1, None)?;
+                self.tail(&prepared, 1)?;
+            }
             self.download(1)
         })?);
         self.program = Some(prepared);

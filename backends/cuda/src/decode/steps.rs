@@ -84,8 +84,8 @@ struct Launchable {
 pub(super) struct Prepared {
     pub(super) resolved: ResolvedProgram,
     steps: Vec<Launchable>,
-    /// Offsets of tables.
-    tables: Vec<u64>,
+    /// Addresses of tables.
+    pub(super) tables: Vec<u64>,
     keep: Function,
     arg_max: [Function; 2],
     /// The step that yields the logits.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use hoist_backend::{Error, Result, TokenRow, UnsupportedWhat, ValueKind, WorkspaceBytes, WorkspaceDims};
 
 use super::params::{CacheLayer, Row, SEGMENT_BYTES};
+use super::persistent;
 use crate::driver::{Context, DeviceBuffer, PinnedBuffer};
 
 /// Positions that share a maximum (`docs/numerics.md` §4).
@@ -42,6 +43,8 @@ struct Layout {
     tables: u64,
     sums: u64,
     partial: u64,
+    /// What the persistent kernel keeps.
+    control: u64,
     /// Tokens whose attention runs at once.
     attention_tokens: u32,
     kv: Vec<u64>,
@@ -114,6 +117,7 @@ impl Layout {
             tables: dims.table_bytes,
             sums: sums.checked_mul(attention_tokens)?,
             partial: partial.checked_mul(attention_tokens)?,
+            control: persistent::control_bytes(dims)?,
             attention_tokens: u32::try_from(attention_tokens).ok()?,
             kv,
         })
@@ -129,6 +133,7 @@ impl Layout {
             self.tables,
             self.sums,
             self.partial,
+            self.control,
         ];
         self.values.iter().copied().chain(rest)
     }
@@ -197,6 +202,7 @@ pub(super) struct Workspace {
     pub(super) tables: u64,
     pub(super) sums: u64,
     pub(super) partial: u64,
+    pub(super) control: u64,
     /// Bytes of `sums` and `partial`.
     pub(super) scratch: (u64, u64),
     pub(super) attention_tokens: u32,
@@ -240,8 +246,16 @@ impl Workspace {
                 .next()
                 .ok_or_else(|| Error::internal(crate::NAME, "a workspace without a part"))
         };
-        let [rows, kept, fault, parts, tables, sums, partial] =
-            [part()?, part()?, part()?, part()?, part()?, part()?, part()?];
+        let [rows, kept, fault, parts, tables, sums, partial, control] = [
+            part()?,
+            part()?,
+            part()?,
+            part()?,
+            part()?,
+            part()?,
+            part()?,
+            part()?,
+        ];
         let positions = dims.capacity.max_context.next_multiple_of(KEY_BLOCK as u32);
         let mut base = kv.ptr();
         let mut cache = Vec::with_capacity(dims.kv.len());
@@ -267,6 +281,7 @@ impl Workspace {
             tables,
             sums,
             partial,
+            control,
             scratch: (layout.sums, layout.partial),
             attention_tokens: layout.attention_tokens,
             staging,
@@ -315,7 +330,8 @@ mod tests {
         assert_eq!(bytes.kv, 2 * (2 * 2 * 16 * 128 * 2 * 2));
         // Values: 3 × 192, 3 × 4 × 304, 3 × 396; rows 48; kept 12; results 16; parts 3 × 512; tables; one split of
         // 4 heads × 8 bytes and of 48 × 4 bytes, for 3 tokens.
-        let parts = [576, 3648, 1188, 48, 12, 16, 1536, 400, 96, 576u64];
+        let control = 11 * (216 + 8) + 256 + 8;
+        let parts = [576, 3648, 1188, 48, 12, 16, 1536, 400, 96, 576, control];
         let sum: u64 = parts.iter().map(|n| n.next_multiple_of(256)).sum();
         assert_eq!(bytes.workspace, sum);
     }
