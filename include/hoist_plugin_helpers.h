@@ -57,7 +57,21 @@ hoist_fail_at(hoist_error *error, hoist_status code, uint32_t tensor, uint64_t o
     return code;
 }
 
-/* The same about no tensor. */
+/* HOIST_STATUS_OUT_OF_DEVICE_MEMORY, with the bytes that the call needs and those that are left. */
+static inline hoist_status hoist_fail_memory(hoist_error *error, uint64_t needed, uint64_t available) {
+    hoist_error own;
+    memset(&own, 0, sizeof own);
+    own.code = HOIST_STATUS_OUT_OF_DEVICE_MEMORY;
+    own.tensor = HOIST_NO_TENSOR;
+    own.byte_offset = HOIST_NO_OFFSET;
+    own.needed = needed;
+    own.available = available;
+    snprintf((char *)own.message, sizeof own.message, "%llu bytes do not fit", (unsigned long long)needed);
+    hoist_put(error, &own, sizeof own);
+    return own.code;
+}
+
+/* `hoist_fail_at` about no tensor. */
 #define hoist_fail(error, code, ...) hoist_fail_at(error, code, HOIST_NO_TENSOR, HOIST_NO_OFFSET, __VA_ARGS__)
 
 /* In a function with an `error`: leaves it with HOIST_STATUS_`CODE` and a message unless the condition holds. */
@@ -81,6 +95,16 @@ static inline int hoist_plan_sum(const hoist_plan *plan, uint64_t bytes[4]) {
         bytes[t.class_] += t.nbytes;
     }
     return plan->tensor_count < UINT32_MAX;
+}
+
+/* Whether every encoding of a plan is in `stored`, as in hoist_caps. */
+static inline int hoist_plan_is_stored(const hoist_plan *plan, const uint64_t stored[4]) {
+    hoist_tensor t;
+    for (uint64_t i = 0; i < plan->tensor_count; i++) {
+        if (!hoist_tensor_at(plan, i, &t) || t.encoding >= 256) return 0;
+        if ((stored[t.encoding / 64] >> t.encoding % 64 & 1) == 0) return 0;
+    }
+    return 1;
 }
 
 /* What is left of `total` and of a budget (0: none), with weights of the four classes resident. */

@@ -6,9 +6,9 @@
 #include "hoist_plugin_helpers.h"
 
 HOIST_PLUGIN("c-minimal", "Hoist", "0.1.0", "x86_64-unknown-linux-gnu");
-
 enum { DEVICE = 1, LOAD, MODEL }; /* kinds of handles */
 static const uint64_t TOTAL = (uint64_t)64 << 30; /* a real device would be asked */
+static const hoist_caps CAPS = {.stored = {~0ull, ~0ull, ~0ull, ~0ull}, .weight_alignment = 1}; /* looks into no block */
 
 typedef struct {
     uint8_t *bytes;
@@ -65,9 +65,8 @@ static hoist_status device_open(uint32_t ordinal, const hoist_open_options *opti
 }
 
 static hoist_status caps(hoist_handle handle, hoist_caps *out, hoist_error *error) {
-    hoist_caps own = {.stored = {~0ull, ~0ull, ~0ull, ~0ull}, .weight_alignment = 1}; /* it never looks into a block */
     HOIST_REQUIRE(hoist_handles_find(&handles, DEVICE, handle, 0) != NULL, BAD_HANDLE, "no device");
-    HOIST_REQUIRE(hoist_put(out, &own, sizeof own), INVALID_ARGUMENT, "caps is NULL");
+    HOIST_REQUIRE(hoist_put(out, &CAPS, sizeof CAPS), INVALID_ARGUMENT, "caps is NULL");
     return HOIST_STATUS_OK;
 }
 
@@ -100,8 +99,9 @@ static hoist_status load_begin(hoist_handle handle, const hoist_plan *plan, hois
     HOIST_REQUIRE(d->child == 0, BAD_STATE, "a load or model is there");
     HOIST_REQUIRE(load != NULL && hoist_take(&p, sizeof p, plan), INVALID_ARGUMENT, "NULL");
     HOIST_REQUIRE(hoist_plan_sum(&p, bytes), INVALID_ARGUMENT, "the plan is malformed");
+    HOIST_REQUIRE(hoist_plan_is_stored(&p, CAPS.stored), UNSUPPORTED, "an encoding is unknown");
     uint64_t room = hoist_room(TOTAL, d->budget, d->resident), needed = bytes[0] + bytes[1] + bytes[2] + bytes[3];
-    HOIST_REQUIRE(needed <= room, OUT_OF_DEVICE_MEMORY, "%llu bytes do not fit", (unsigned long long)needed);
+    if (needed > room) return hoist_fail_memory(error, needed, room);
     d->weights = calloc(p.tensor_count + 1, sizeof *d->weights);
     d->child = d->weights == NULL ? 0 : hoist_handles_add(&handles, LOAD, d);
     for (; d->child != 0 && d->count < p.tensor_count; d->count++) {
