@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use hoist_backend::{EncodingSet, Error, OpenOptions, State};
+use hoist_backend::{Encoding, EncodingSet, Error, OpenOptions, Role, Shape, State, WeightBackend};
 
 use super::support::mixed_model;
+use crate::fixture::{Model, Weight};
 use crate::judge::{equal, holds};
-use crate::{Case, Context, Expect, Failure, Verdict};
+use crate::{Case, Context, Expect, Failure, Need, Verdict, audit};
 
 /// The cases.
 pub fn cases() -> Vec<Case> {
@@ -20,7 +21,52 @@ pub fn cases() -> Vec<Case> {
         case("open", "options_are_honoured_or_refused", options).unseeded(),
         case("open", "two_at_once_are_independent", two_at_once),
         case("open", "a_fresh_backend_is_empty", fresh_is_empty).unseeded(),
+        case("place", "weights_are_where_it_says", place)
+            .unseeded()
+            .needs(Need::Stored(Encoding::F32))
+            .needs(Need::Process),
     ]
+}
+
+/// A device whose own memory is as free as before, while this process grew by what was loaded, is the host in disguise.
+fn place(cx: &mut Context<'_>) -> Verdict {
+    const SIDE: u64 = 4096;
+    let values: Vec<u8> = (0..SIDE * SIDE)
+        .flat_map(|i| ((i % 1021) as f32).to_le_bytes())
+        .collect();
+    let nbytes = values.len() as u64;
+    let weight = Weight::matrix(
+        None,
+        Role::TokenEmbd,
+        Encoding::F32,
+        Shape::matrix(SIDE, SIDE),
+        values,
+    );
+    let model = Model::new(cx.info(), 0, vec![weight], Vec::new())?;
+    let mut backend = cx.open()?;
+    let free = |backend: &dyn WeightBackend| -> Result<Vec<u64>, Failure> {
+        let memory = backend.memory().succeeds("memory")?;
+        Ok(memory.devices.iter().map(|d| d.free).collect())
+    };
+    let (free_before, host_before) = (free(backend.as_ref())?, audit::resident_bytes()?);
+    model.load(backend.as_mut())?;
+    let (free_after, host_after) = (free(backend.as_ref())?, audit::resident_bytes()?);
+    let grew = host_after.saturating_sub(host_before);
+    cx.measure(
+        "host memory for each byte loaded",
+        grew as f64 / nbytes as f64,
+        "",
+    );
+    if grew >= nbytes / 4 * 3 && free_before == free_after {
+        return Err(Failure::new(
+            format!("memory of {} after {nbytes} bytes were loaded", cx.info().device),
+            "",
+            "less that is free there, or as much that is used here",
+            format!("{free_after:?} bytes free, as before, and {grew} more used by this process"),
+        )
+        .into());
+    }
+    Ok(())
 }
 
 fn list_is_well_formed(cx: &mut Context<'_>) -> Verdict {

@@ -1,6 +1,7 @@
 //! The interface itself, of plugins: header, versions, pointers, handles, order, chunks, errors. The host refuses most
 //! misuse before a plugin sees it; here nothing stands between.
 
+mod decode;
 mod raw;
 
 use std::sync::atomic::Ordering;
@@ -22,7 +23,7 @@ pub fn cases() -> Vec<Case> {
             .needs(Need::Process)
             .unseeded()
     };
-    vec![
+    let mut cases = vec![
         case("header", "says_who_it_is", header),
         case("load", "constructors_leave_the_process_alone", constructors),
         case("entry", "a_minor_out_of_range_is_refused", wrong_minor),
@@ -51,7 +52,9 @@ pub fn cases() -> Vec<Case> {
             "leaves_no_thread_and_says_no_more",
             silent_after_shutdown,
         ),
-    ]
+    ];
+    cases.extend(decode::cases());
+    cases
 }
 
 const OK: &[Status] = &[Status::OK];

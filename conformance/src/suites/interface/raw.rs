@@ -17,7 +17,7 @@ use hoist_plugin_abi::{ErrorRecord, Handle, Host, OPEN_SYMBOL, OpenV1, Plugin, S
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use crate::guard::{ReadOnly, Writable};
-use crate::{Context, Failure, Stop, judge};
+use crate::{Context, Failure, Stop, audit, judge};
 
 /// What the host's side of the interface saw.
 #[derive(Debug, Default)]
@@ -194,8 +194,8 @@ fn host(minor: u32) -> (*const Host, &'static Log) {
 const CANARY: u8 = 0xA7;
 
 /// Calls with a record, and judges what every answer must be: a documented status, a record that says the same, a message
-/// that ends, nothing written behind the record.
-fn answer(what: &str, call: impl FnOnce(*mut ErrorRecord) -> Status) -> Result<Answer, Failure> {
+/// that ends, nothing written behind the record, and the floating-point mode as it was.
+pub(super) fn answer(what: &str, call: impl FnOnce(*mut ErrorRecord) -> Status) -> Result<Answer, Failure> {
     #[repr(C)]
     struct Guarded {
         record: ErrorRecord,
@@ -205,7 +205,13 @@ fn answer(what: &str, call: impl FnOnce(*mut ErrorRecord) -> Status) -> Result<A
         record: ErrorRecord::new(),
         canary: [CANARY; 64],
     };
+    let mode = audit::float_mode();
     let status = call(&mut guarded.record);
+    judge::equal(
+        &format!("floating-point mode after `{what}`"),
+        mode,
+        audit::float_mode(),
+    )?;
     let record = guarded.record;
     if guarded.canary != [CANARY; 64] {
         return Err(Failure::new(
