@@ -12,9 +12,9 @@ use hoist_backend::{
 
 use crate::decode::{self, DeviceWeight, Engine};
 use crate::digest::Hasher;
-use crate::driver::{Context, DeviceBuffer, Stream};
+use crate::driver::{self, Context, DeviceBuffer, Stream};
 use crate::layout::{Finisher, Mover, transposing_pieces};
-use crate::load::{self, Equipment};
+use crate::load::{self, Equipment, Preparation};
 use crate::modules::Modules;
 use crate::residency::{EXPONENT_BYTES, INDEX_ENTRY_BYTES, Residency, SIZING};
 
@@ -63,8 +63,8 @@ pub struct CudaBackend {
     pub(crate) engine: Option<Engine>,
     /// What the first load needs, made by a thread while headers are read.
     equipment: Option<JoinHandle<Result<Equipment>>>,
-    /// Page-locked bytes that the driver is made to refuse more than; for tests.
-    pub(crate) pin_limit: Option<usize>,
+    /// Bytes past which the driver is made to refuse page locking.
+    pin_limit: Option<usize>,
     hasher: Hasher,
     mover: Mover,
     // Handles last: they must outlive what is made of them.
@@ -93,6 +93,9 @@ impl CudaBackend {
         if options.threads == Some(0) {
             return Err(Error::invalid("threads", "at least 1", 0));
         }
+        // Before there is a context, which takes a third of a second.
+        driver::probe()?;
+        let preparation = Preparation::start(options.threads);
         let context = Context::open(ordinal)?;
         let modules = Arc::new(Modules::new(&context));
         let stream = Stream::new(&context)?;
@@ -101,7 +104,7 @@ impl CudaBackend {
             // Without a thread it is made when it is needed.
             std::thread::Builder::new()
                 .name("hoist-equip".into())
-                .spawn(move || Equipment::new(&context, &modules, threads, None))
+                .spawn(move || Equipment::new(&context, &modules, Some(preparation), threads, None))
                 .ok()
         };
         let (hasher, mover) = (Hasher::new(&modules)?, Mover::new(&modules)?);
@@ -313,7 +316,13 @@ impl WeightBackend for CudaBackend {
         let equipment = match ready.map(JoinHandle::join) {
             Some(Ok(Ok(equipment))) => equipment,
             // Made anew: a later load, or one that had no thread, or what went wrong then goes wrong again and says so.
-            _ => Equipment::new(&self.context, &self.modules, self.options.threads, self.pin_limit)?,
+            _ => Equipment::new(
+                &self.context,
+                &self.modules,
+                None,
+                self.options.threads,
+                self.pin_limit,
+            )?,
         };
         self.notes = load::run(
             &self.context,
@@ -516,6 +525,12 @@ impl DecodeBackend for CudaBackend {
 }
 
 impl CudaBackend {
+    /// Makes the driver refuse to lock more host memory than that in later loads, as one that is short of it does: a test
+    /// switch.
+    pub fn limit_pinned_memory(&mut self, bytes: usize) {
+        self.pin_limit = Some(bytes);
+    }
+
     /// Row exponents of a quantised weight, `[matrices · rows]`: `E_w` of `docs/numerics.md` §1.2. For tests.
     ///
     /// # Errors

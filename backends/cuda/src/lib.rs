@@ -21,6 +21,7 @@ mod digest;
 mod driver;
 mod layout;
 mod load;
+pub mod measure;
 mod modules;
 mod provider;
 mod residency;

@@ -160,7 +160,7 @@ fn read_at_least(
 }
 
 /// The same open file, once more and past the page cache.
-fn open_direct(file: &File) -> Option<File> {
+pub(crate) fn open_direct(file: &File) -> Option<File> {
     // By its number, so that it is the same inode whatever has happened to its path.
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
@@ -172,6 +172,11 @@ pub(crate) fn is_cached(file: &File, start: u64, end: u64) -> bool {
     let first = start / PAGE * PAGE;
     let pages = (end - first).div_ceil(PAGE);
     cached_pages(file, first, pages).is_none_or(|cached| 4 * cached >= 3 * pages)
+}
+
+/// Bytes of a file's first `len` that the page cache holds, in whole pages; `None` if the system does not tell.
+pub(crate) fn cached_bytes(file: &File, len: u64) -> Option<u64> {
+    cached_pages(file, 0, len.div_ceil(PAGE)).map(|pages| pages * PAGE)
 }
 
 /// Pages of a run that the page cache holds, by `cachestat`, or by `mincore` before Linux 6.5.

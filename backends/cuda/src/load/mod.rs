@@ -26,7 +26,8 @@ use hoist_backend::{
 };
 
 use self::input::{Input, Path};
-use self::ring::{Pinning, Ring};
+pub(crate) use self::input::{cached_bytes, open_direct};
+use self::ring::Ring;
 use self::schedule::{Chunk, How, MAX_PIECES, PAGE, STAGED_BYTES, Schedule, TABLE_BYTES};
 use crate::driver::{Context, DeviceBuffer, Event, Stream};
 use crate::layout::{Finisher, Mover, transposing_pieces};
@@ -73,20 +74,57 @@ fn default_threads() -> usize {
         .clamp(MIN_THREADS, MAX_THREADS)
 }
 
+/// The ring of a load that is to come, touched while the context is made.
+#[derive(Debug)]
+pub(crate) struct Preparation(Option<JoinHandle<Result<Ring>>>);
+
+/// Lanes for `threads` readers, or for a number of its own, and one for the calling thread: it reads what only the source
+/// can.
+fn lanes(threads: Option<u32>) -> usize {
+    threads.map_or_else(default_threads, |n| (n as usize).min(MAX_THREADS)) + 1
+}
+
+impl Preparation {
+    /// Starts.
+    pub(crate) fn start(threads: Option<u32>) -> Self {
+        // Without a thread the ring is made when it is needed.
+        let thread = std::thread::Builder::new()
+            .name("hoist-ring".into())
+            .spawn(move || Ring::new(lanes(threads), None));
+        Self(thread.ok())
+    }
+}
+
 impl Equipment {
-    /// For `threads` readers, or a number of its own.
+    /// What a load needs, from what was prepared or anew.
     pub(crate) fn new(
         context: &Arc<Context>,
         modules: &Modules,
+        prepared: Option<Preparation>,
         threads: Option<u32>,
         pin_limit: Option<usize>,
     ) -> Result<Self> {
         let started = Instant::now();
         context.bind()?;
-        let threads = threads.map_or_else(default_threads, |n| (n as usize).min(MAX_THREADS));
-        // The calling thread has a lane too, for what only the source can read.
-        let ring = Ring::new(context, 2 * (threads + 1), pin_limit)?;
-        let lanes = (0..ring.slots() / 2)
+        let prepared = prepared.and_then(|p| p.0).and_then(|thread| thread.join().ok());
+        let ring = match prepared {
+            Some(Ok(ring)) => ring,
+            // What went wrong then goes wrong again and says so.
+            _ => Ring::new(lanes(threads), pin_limit)?,
+        };
+        let ring = Arc::new(ring);
+        // Readers lock their own lanes when they come to it; this is ahead of those that have not.
+        let (early, its_context) = (Arc::clone(&ring), Arc::clone(context));
+        let _ = std::thread::Builder::new()
+            .name("hoist-pin".into())
+            .spawn(move || {
+                if its_context.bind().is_ok() {
+                    (0..early.lanes()).for_each(|lane| {
+                        early.lock(&its_context, lane);
+                    });
+                }
+            });
+        let lanes = (0..ring.lanes())
             .map(|_| {
                 Ok(Lane {
                     stream: Stream::new(context)?,
@@ -98,7 +136,7 @@ impl Equipment {
         Mover::new(modules)?;
         modules.function("residency", "finish_weights")?;
         Ok(Self {
-            ring: Arc::new(ring),
+            ring,
             lanes,
             finishing: Stream::new(context)?,
             took: started.elapsed(),
@@ -225,7 +263,7 @@ impl Shared {
             let Some(chunk) = self.chunks.get(next) else { break };
             self.in_hand[number].store(next + 1, Ordering::Relaxed);
             // SAFETY: the slot is this thread's, and the copy from it has passed.
-            let slot = unsafe { self.ring.slot(2 * number + side) };
+            let slot = unsafe { self.ring.slot(number, side) };
             let input = self
                 .inputs
                 .get(chunk.file as usize)
@@ -237,10 +275,16 @@ impl Shared {
             if self.stopped() {
                 break;
             }
+            // Its page locking is waited for only now: the bytes are there.
+            let locked = self.ring.lock(&self.context, number);
             let head = (chunk.start % PAGE) as usize;
             self.send(lane, number, slot, head, &chunk.how, chunk.nbytes() as usize)?;
             lane.events[side].record(&lane.stream)?;
             held[side] = Some(next);
+            if !locked && self.ring.locked_bytes() > 0 {
+                // Page-locked memory is short: leave the rest to those who have some.
+                break;
+            }
         }
         // In the order they were sent.
         let mut left: Vec<(usize, usize)> = held
@@ -392,6 +436,7 @@ impl Load<'_> {
             if weight.layout == FloatLayout::InOut {
                 step = step.min((MAX_PIECES as u64 / 3 - 2) * weight.matrix_bytes());
             }
+            self.shared.ring.lock(&self.shared.context, number);
             let mut offset = 0;
             while offset < plan.nbytes {
                 if self.shared.stopped() {
@@ -399,7 +444,7 @@ impl Load<'_> {
                 }
                 let len = step.min(plan.nbytes - offset);
                 // SAFETY: the slot is this thread's, and the copy from it has passed: the stream is waited for below.
-                let slot = unsafe { self.shared.ring.slot(2 * number) };
+                let slot = unsafe { self.shared.ring.slot(number, 0) };
                 source.read_at(*id, offset, &mut slot[..len as usize])?;
                 self.shared.read[Path::Cache as usize].fetch_add(len, Ordering::Relaxed);
                 let how = if weight.layout == FloatLayout::InOut {
@@ -480,7 +525,7 @@ pub(crate) fn run(
     let finisher = Finisher::new(context, modules, &finishing, residency, &order)?;
     let counts = (chunks.len() - staged, staged, through_source.len());
     let direct_possible = inputs.iter().flatten().any(Input::is_direct);
-    let pinning = (ring.pinning(), ring.nbytes(), lanes.len() - 1);
+    let readers = lanes.len() - 1;
     let prepared = started.elapsed();
 
     let own = lanes
@@ -523,7 +568,7 @@ pub(crate) fn run(
     };
     let threads = start_readers(&shared, lanes, &sender);
     let outcome = if threads.is_empty() && !shared.chunks.is_empty() {
-        // A ring of two slots, or a system without threads: this one does it all.
+        // A system without threads: this one does it all.
         let read = shared.read_chunks(&own, own_number, &sender);
         drain(&mut load, &receiver).and(read)
     } else {
@@ -559,19 +604,15 @@ pub(crate) fn run(
     });
     let way = |path: Path| shared.read[path as usize].load(Ordering::Relaxed);
     let ms = |d: Duration| format!("{:.1} ms", d.as_secs_f64() * 1e3);
-    let (pinning, ring_bytes, readers) = pinning;
+    let (ring, locked) = (shared.ring.nbytes(), shared.ring.locked_bytes());
     let mut notes = vec![
         ("reader threads".to_string(), readers.to_string()),
         (
             "ring".into(),
-            match pinning {
-                Pinning::Full => format!("{ring_bytes} bytes, pinned, huge pages"),
-                Pinning::Reduced => {
-                    format!("{ring_bytes} bytes, pinned: the driver refused to lock more")
-                }
-                Pinning::Pageable => {
-                    format!("{ring_bytes} bytes, pageable: the driver refused to lock memory")
-                }
+            match locked {
+                0 => format!("{ring} bytes, pageable: the driver refused to lock memory"),
+                n if n < ring => format!("{ring} bytes, {n} of them page-locked: the driver locked no more"),
+                n => format!("{n} bytes, page-locked, in huge pages"),
             },
         ),
         (

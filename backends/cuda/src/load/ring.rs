@@ -1,42 +1,37 @@
 //! The host memory that bytes pass through: small, of huge pages, registered with the driver.
 //!
-//! `cuMemHostAlloc` takes 0.6 s a GiB and gives pages of 4 KiB, through which copies are a third slower; an anonymous
-//! mapping of huge pages is touched by all processors and then registered in a few milliseconds.
+//! `cuMemHostAlloc` takes 0.6 s a GiB and gives pages of 4 KiB, through which copies are a third slower. An anonymous
+//! mapping of huge pages is touched by all processors, which needs no context yet, and registered lane by lane: a reader
+//! whose lane is registered sends while those of the others still are.
 
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys::{self, CUresult};
 use hoist_backend::{Error, Result};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use super::schedule::{CHUNK_BYTES, PAGE, TABLE_BYTES};
-use crate::driver::{Context, check};
+use crate::driver::Context;
 
 /// Bytes of a slot: a chunk, up to a page before and after it, and a table of pieces.
-pub(crate) const SLOT_BYTES: usize =
-    (PAGE + CHUNK_BYTES + PAGE + TABLE_BYTES).next_multiple_of(PAGE) as usize;
+pub(crate) const SLOT_BYTES: usize = (PAGE + CHUNK_BYTES + PAGE + TABLE_BYTES) as usize;
+/// Slots of a lane: one is read into while the other's copy is under way.
+const SLOTS: usize = 2;
+/// Bytes of a lane.
+const LANE_BYTES: usize = SLOTS * SLOT_BYTES;
 const HUGE_PAGE: usize = 2 << 20;
 
-/// How the ring's memory came to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pinning {
-    /// All that was asked for.
-    Full,
-    /// Fewer slots: page-locked memory is short.
-    Reduced,
-    /// None: the driver refused to lock any, and copies it on its own way.
-    Pageable,
-}
-
-/// Slots of host memory.
+/// Lanes of two slots each.
 #[derive(Debug)]
 pub(crate) struct Ring {
     base: *mut u8,
     len: usize,
-    slots: usize,
-    pinning: Pinning,
-    context: Arc<Context>,
+    /// For each lane, whether the driver has locked it, once that was tried.
+    locked: Vec<OnceLock<bool>>,
+    context: OnceLock<Arc<Context>>,
+    /// The driver is made to refuse bytes past this; for tests.
+    pin_limit: Option<usize>,
 }
 
 // SAFETY: plain memory, owned by this value; who writes to which slot is up to its users.
@@ -44,53 +39,20 @@ unsafe impl Send for Ring {}
 // SAFETY: as above.
 unsafe impl Sync for Ring {}
 
-/// Numbers of slots to try, most first, none below 2.
-fn attempts(slots: usize) -> impl Iterator<Item = usize> {
-    std::iter::successors(Some(slots), |n| (*n > 2).then(|| (n / 2).max(2)))
-}
-
 impl Ring {
-    /// A ring of `slots` slots, of fewer if the driver cannot lock so much memory, or of pageable memory if it can lock
-    /// none. `pin_limit` makes the driver refuse more bytes than that; for tests.
+    /// Touched memory that is not locked yet.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] if the host has no memory for it.
-    pub(crate) fn new(context: &Arc<Context>, slots: usize, pin_limit: Option<usize>) -> Result<Self> {
-        context.bind()?;
-        for n in attempts(slots) {
-            let mut ring = Self::pageable(context, n)?;
-            if pin_limit.is_some_and(|limit| ring.len > limit) {
-                continue;
-            }
-            // SAFETY: the mapping is this value's and outlives the registration.
-            let code = unsafe { sys::cuMemHostRegister_v2(ring.base.cast::<c_void>(), ring.len, 0) };
-            match code {
-                CUresult::CUDA_SUCCESS => {
-                    ring.pinning = if n == slots {
-                        Pinning::Full
-                    } else {
-                        Pinning::Reduced
-                    };
-                    return Ok(ring);
-                }
-                CUresult::CUDA_ERROR_OUT_OF_MEMORY
-                | CUresult::CUDA_ERROR_NOT_PERMITTED
-                | CUresult::CUDA_ERROR_NOT_SUPPORTED
-                | CUresult::CUDA_ERROR_OPERATING_SYSTEM
-                | CUresult::CUDA_ERROR_INVALID_VALUE => {}
-                code => check("cuMemHostRegister", code).map_err(|e| e.on(context.id()))?,
-            }
-        }
-        Self::pageable(context, slots)
-    }
-
-    fn pageable(context: &Arc<Context>, slots: usize) -> Result<Self> {
-        let len = (slots * SLOT_BYTES).next_multiple_of(HUGE_PAGE);
+    pub(crate) fn new(lanes: usize, pin_limit: Option<usize>) -> Result<Self> {
+        let len = lanes * LANE_BYTES;
+        // Room to start at a huge page.
+        let mapped = len + HUGE_PAGE;
         // SAFETY: a new private mapping wherever the system likes.
-        let base = unsafe {
+        let map = unsafe {
             mmap_anonymous(
                 std::ptr::null_mut(),
-                len,
+                mapped,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::PRIVATE,
             )
@@ -98,18 +60,27 @@ impl Ring {
         .map_err(|_| Error::OutOfMemory {
             device: "the host".into(),
             what: "the ring that bytes pass through".into(),
-            needed: len as u64,
+            needed: mapped as u64,
             available: 0,
         })?;
+        let skipped = map.align_offset(HUGE_PAGE).min(HUGE_PAGE);
+        // SAFETY: within the mapping.
+        let base = unsafe { map.add(skipped) };
+        // SAFETY: the mapping's own start, which nothing refers to.
+        let _ = unsafe { munmap(map, skipped) };
+        // SAFETY: within the mapping, or one past it.
+        let end = unsafe { base.add(len) };
+        // SAFETY: the mapping's own end, which nothing refers to.
+        let _ = unsafe { munmap(end, HUGE_PAGE - skipped) };
+        // SAFETY: the mapping is this value's. Only an advice: without huge pages the ring is slower and no less right.
+        let _ = unsafe { madvise(base, len, Advice::LinuxHugepage) };
         let ring = Self {
             base: base.cast(),
             len,
-            slots,
-            pinning: Pinning::Pageable,
-            context: Arc::clone(context),
+            locked: (0..lanes).map(|_| OnceLock::new()).collect(),
+            context: OnceLock::new(),
+            pin_limit,
         };
-        // SAFETY: the mapping is this value's. Only an advice: without huge pages the ring is slower and no less right.
-        let _ = unsafe { madvise(base, len, Advice::LinuxHugepage) };
         ring.touch();
         Ok(ring)
     }
@@ -138,19 +109,41 @@ impl Ring {
         });
     }
 
-    /// Number of slots; at least 2.
-    pub(crate) fn slots(&self) -> usize {
-        self.slots
+    /// Locks a lane, once; the context must be current. `false` if the driver refuses: copies from the lane work all the
+    /// same, on the driver's own slow way.
+    pub(crate) fn lock(&self, context: &Arc<Context>, lane: usize) -> bool {
+        let _ = self.context.get_or_init(|| Arc::clone(context));
+        let Some(locked) = self.locked.get(lane) else {
+            return false;
+        };
+        *locked.get_or_init(|| {
+            if self
+                .pin_limit
+                .is_some_and(|limit| (lane + 1) * LANE_BYTES > limit)
+            {
+                return false;
+            }
+            // SAFETY: within the mapping.
+            let start = unsafe { self.base.add(lane * LANE_BYTES) };
+            // SAFETY: the mapping is this value's and outlives the registration.
+            let code = unsafe { sys::cuMemHostRegister_v2(start.cast::<c_void>(), LANE_BYTES, 0) };
+            code == CUresult::CUDA_SUCCESS
+        })
     }
 
-    /// Bytes of all slots.
+    /// Number of lanes.
+    pub(crate) fn lanes(&self) -> usize {
+        self.locked.len()
+    }
+
+    /// Bytes of all lanes.
     pub(crate) fn nbytes(&self) -> usize {
         self.len
     }
 
-    /// How its memory came to be.
-    pub(crate) fn pinning(&self) -> Pinning {
-        self.pinning
+    /// Bytes that the driver has locked.
+    pub(crate) fn locked_bytes(&self) -> usize {
+        self.locked.iter().filter(|l| l.get() == Some(&true)).count() * LANE_BYTES
     }
 
     /// A slot's memory.
@@ -161,10 +154,10 @@ impl Ring {
         clippy::mut_from_ref,
         reason = "slots are handed out to threads, one owner each"
     )]
-    pub(crate) unsafe fn slot(&self, slot: usize) -> &mut [u8] {
-        assert!(slot < self.slots, "a slot of the ring");
+    pub(crate) unsafe fn slot(&self, lane: usize, side: usize) -> &mut [u8] {
+        assert!(lane < self.lanes() && side < SLOTS, "a slot of the ring");
         // SAFETY: within the mapping.
-        let start = unsafe { self.base.add(slot * SLOT_BYTES) };
+        let start = unsafe { self.base.add(lane * LANE_BYTES + side * SLOT_BYTES) };
         // SAFETY: initialised memory within the mapping; the caller upholds exclusivity.
         unsafe { std::slice::from_raw_parts_mut(start, SLOT_BYTES) }
     }
@@ -172,10 +165,16 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        if self.pinning != Pinning::Pageable {
-            let _ = self.context.bind();
-            // SAFETY: registered once, unregistered once.
-            let _ = unsafe { sys::cuMemHostUnregister(self.base.cast()) };
+        if let Some(context) = self.context.get() {
+            let _ = context.bind();
+        }
+        for (lane, locked) in self.locked.iter().enumerate() {
+            if locked.get() == Some(&true) {
+                // SAFETY: within the mapping.
+                let start = unsafe { self.base.add(lane * LANE_BYTES) };
+                // SAFETY: registered once, unregistered once.
+                let _ = unsafe { sys::cuMemHostUnregister(start.cast()) };
+            }
         }
         // SAFETY: mapped once, unmapped once; every reference borrowed from this value.
         let _ = unsafe { munmap(self.base.cast(), self.len) };
@@ -187,14 +186,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ever_fewer_slots_are_tried_down_to_two() {
-        assert_eq!(attempts(34).collect::<Vec<_>>(), [34, 17, 8, 4, 2]);
-        assert_eq!(attempts(2).collect::<Vec<_>>(), [2]);
+    fn lanes_are_whole_huge_pages_and_slots_hold_the_largest_chunk() {
+        assert_eq!(LANE_BYTES % HUGE_PAGE, 0);
+        assert!(SLOT_BYTES as u64 >= PAGE - 1 + CHUNK_BYTES + PAGE + TABLE_BYTES);
+        assert_eq!(SLOT_BYTES % PAGE as usize, 0);
     }
 
     #[test]
-    fn a_slot_holds_the_largest_chunk_at_any_offset_in_a_page() {
-        assert!(SLOT_BYTES as u64 >= PAGE - 1 + CHUNK_BYTES + PAGE + TABLE_BYTES);
-        assert_eq!(SLOT_BYTES % PAGE as usize, 0);
+    fn slots_are_apart_and_writable_before_any_context() {
+        let ring = Ring::new(2, None).unwrap();
+        assert_eq!((ring.lanes(), ring.locked_bytes()), (2, 0));
+        for (i, (lane, side)) in [(0, 0), (0, 1), (1, 0), (1, 1)].into_iter().enumerate() {
+            // SAFETY: one slot at a time, and no copies.
+            let slot = unsafe { ring.slot(lane, side) };
+            assert_eq!(slot.as_ptr() as usize % SLOT_BYTES % PAGE as usize, 0);
+            assert!(slot.iter().all(|b| *b == 0), "{lane} {side}");
+            slot.fill(i as u8 + 1);
+        }
     }
 }

@@ -14,8 +14,9 @@ use crate::tables::{ADD_ONE, Piece, PieceKind};
 
 /// Pages that direct I/O reads; offsets in the file and in the ring agree modulo this.
 pub(crate) const PAGE: u64 = 4096;
-/// Most bytes of a chunk. At 4 MiB a copy reaches 94 % of the rate of the largest ones, and a thread holds two.
-pub(crate) const CHUNK_BYTES: u64 = 4 << 20;
+/// Most bytes of a chunk: a slot of 4 MiB less a page before and after and a table. At 4 MiB a copy reaches 94 % of the
+/// rate of the largest ones, and a thread holds two.
+pub(crate) const CHUNK_BYTES: u64 = (4 << 20) - 2 * PAGE - TABLE_BYTES;
 /// Most bytes of a chunk that is staged on the device, so that all threads' staging stays below 50 MiB.
 pub(crate) const STAGED_BYTES: u64 = 3 << 20;
 /// Most pieces of a staged chunk: small tensors of 3 KiB still fill it.
