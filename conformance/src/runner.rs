@@ -20,7 +20,7 @@ use crate::{Case, Outcome, Target, pattern, suites};
 pub struct Options {
     /// What is demanded.
     pub profile: Profile,
-    /// Only cases that match one of these; all of the profile if there is none.
+    /// Only cases that match one of these, and none of those with `!` in front; all of the profile if there is none.
     pub filters: Vec<String>,
     /// Failures that are known.
     pub expectations: Vec<Expectation>,
@@ -77,8 +77,7 @@ pub fn select(options: &Options) -> Result<Vec<Case>, Error> {
         .into_iter()
         .filter(|case| {
             let id = case.id();
-            options.profile.rule(&id).is_some()
-                && (options.filters.is_empty() || options.filters.iter().any(|f| pattern::matches(f, &id)))
+            options.profile.rule(&id).is_some() && passes(&options.filters, &id)
         })
         .collect();
     if selected.is_empty() {
@@ -88,6 +87,22 @@ pub fn select(options: &Options) -> Result<Vec<Case>, Error> {
         });
     }
     Ok(selected)
+}
+
+/// Whether filters let a case pass.
+fn passes(filters: &[String], id: &str) -> bool {
+    let (mut wanted, mut found) = (false, false);
+    for filter in filters {
+        match filter.strip_prefix('!') {
+            Some(unwanted) if pattern::matches(unwanted, id) => return false,
+            Some(_) => {}
+            None => {
+                wanted = true;
+                found |= pattern::matches(filter, id);
+            }
+        }
+    }
+    found || !wanted
 }
 
 /// Runs the selected cases, each group in a child process. `seen` is told of each case as it ends.
@@ -141,7 +156,10 @@ pub fn run(
         return Err(error.into());
     }
     let mut reports = std::mem::take(&mut *lock(&run.reports));
-    let in_order = cases.iter().filter_map(|case| reports.remove(&case.id())).collect();
+    let in_order = cases
+        .iter()
+        .filter_map(|case| reports.remove(&case.id()))
+        .collect();
     let backend = lock(&run.backend).take();
     Ok(Report::judge(
         options,
@@ -186,7 +204,15 @@ pub fn run_in_process(
                         let began = Instant::now();
                         let (outcome, measurements) = worker::ask(case, target, &info, seed, false);
                         let took = began.elapsed();
-                        let report = case_report(options, &target_name(target), case, seed, outcome, measurements, took);
+                        let report = case_report(
+                            options,
+                            &target_name(target),
+                            case,
+                            seed,
+                            outcome,
+                            measurements,
+                            took,
+                        );
                         let mut reports = lock(&reports);
                         match reports.get_mut(&report.id) {
                             None => {
@@ -204,7 +230,10 @@ pub fn run_in_process(
         }
     });
     let mut reports = std::mem::take(&mut *lock(&reports));
-    let in_order = cases.iter().filter_map(|case| reports.remove(&case.id())).collect();
+    let in_order = cases
+        .iter()
+        .filter_map(|case| reports.remove(&case.id()))
+        .collect();
     Ok(Report::judge(
         options,
         target.name(),
@@ -365,13 +394,19 @@ impl Run<'_> {
         }
         if let Some(running) = state.running {
             *timeouts += usize::from(matches!(ended, Ended::Late(_)));
-            self.report(running, outcome("during the case"), Vec::new(), state.since.elapsed());
+            self.report(
+                running,
+                outcome("during the case"),
+                Vec::new(),
+                state.since.elapsed(),
+            );
             return state.answered + 1;
         }
         if state.done {
             let clean = matches!(&ended, Ended::By(status) if status.success());
             if !clean && let Some(last) = cases.last() {
-                let outcome = match outcome("while the process was ending, after the last case of the group") {
+                let outcome = match outcome("while the process was ending, after the last case of the group")
+                {
                     Outcome::Timeout { .. } => Outcome::Crash {
                         how: how("while the process was ending, after the last case of the group"),
                     },
@@ -392,7 +427,12 @@ impl Run<'_> {
             };
         }
         for case in cases {
-            self.report(case, outcome("while the device was opened"), Vec::new(), Duration::ZERO);
+            self.report(
+                case,
+                outcome("while the device was opened"),
+                Vec::new(),
+                Duration::ZERO,
+            );
         }
         cases.len()
     }
@@ -410,7 +450,11 @@ impl Run<'_> {
             }
             Event::Refused { error } => state.refused = Some(error),
             Event::Begin { case } => {
-                state.running = state.cases.get(state.answered).copied().filter(|c| c.id() == case);
+                state.running = state
+                    .cases
+                    .get(state.answered)
+                    .copied()
+                    .filter(|c| c.id() == case);
             }
             Event::End {
                 case,
@@ -556,4 +600,39 @@ fn nonce() -> String {
             .finish()
     };
     format!("{:016x}{:016x}", word(), word())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(filters: &[&str]) -> Options {
+        Options {
+            profile: Profile::parse("p", "must residency\nmust index").unwrap(),
+            filters: filters.iter().map(|f| (*f).to_owned()).collect(),
+            expectations: Vec::new(),
+            seed: 1,
+            jobs: 1,
+            limit: None,
+        }
+    }
+
+    #[test]
+    fn filters_choose_within_the_profile() {
+        let count = |filters: &[&str]| select(&options(filters)).map_or(0, |cases| cases.len());
+        let all = count(&[]);
+        let index = count(&["index"]);
+        assert!(index > 0 && index < all);
+        assert_eq!(count(&["!index"]), all - index);
+        assert_eq!(
+            count(&["index", "!index::build"]),
+            index - count(&["index::build"])
+        );
+        assert_eq!(count(&["index", "residency"]), all);
+        // Not in the profile, though there is such a suite.
+        assert!(matches!(
+            select(&options(&["lifecycle"])),
+            Err(Error::EmptySelection { .. })
+        ));
+    }
 }

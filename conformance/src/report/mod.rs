@@ -191,9 +191,7 @@ impl Report {
 
     /// Cases that make the run fail, in order.
     pub fn failures(&self) -> impl Iterator<Item = &CaseReport> {
-        self.cases
-            .iter()
-            .filter(|c| problem(&self.profile, c).is_some())
+        self.cases.iter().filter(|c| problem(&self.profile, c).is_some())
     }
 
     /// One line: what may be claimed.
@@ -210,7 +208,10 @@ impl Report {
                 "conforms to {} {} but for {n} expected failures{part}",
                 self.profile, self.suite_version
             ),
-            (false, _) => format!("does not conform to {} {}{part}", self.profile, self.suite_version),
+            (false, _) => format!(
+                "does not conform to {} {}{part}",
+                self.profile, self.suite_version
+            ),
         }
     }
 

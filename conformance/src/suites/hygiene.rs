@@ -116,8 +116,9 @@ fn handlers() -> Result<u64, Stop> {
         .ok_or_else(|| Stop::Skip(format!("{path} has no SigCgt")))
 }
 
-/// Signals that this language's runtime handles before any library is loaded: SIGSEGV and SIGBUS, for overflowing stacks.
-const OWN_HANDLERS: u64 = 1 << (11 - 1) | 1 << (7 - 1);
+/// Signals that are handled before any library is loaded: SIGSEGV and SIGBUS by the runtime of this language, for
+/// overflowing stacks, and the two that the C library keeps for its threads.
+const OWN_HANDLERS: u64 = 1 << (11 - 1) | 1 << (7 - 1) | 0b11 << (32 - 1);
 
 fn process_is_unchanged(cx: &mut Context<'_>) -> Verdict {
     let folder = std::env::current_dir().map_err(|e| Stop::Skip(format!("no current folder: {e}")))?;
