@@ -112,7 +112,13 @@ mod tests {
 
     #[test]
     fn a_failure_without_a_reason_is_not_expected() {
-        for text in ["fail a", "fail a because ", "fail  because x", "pass a because x", "a"] {
+        for text in [
+            "fail a",
+            "fail a because ",
+            "fail  because x",
+            "pass a because x",
+            "a",
+        ] {
             assert_eq!(parse(&format!("\n{text}")).unwrap_err().line, 2, "{text}");
         }
     }

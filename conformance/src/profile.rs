@@ -136,7 +136,11 @@ mod tests {
     #[test]
     fn the_last_matching_line_counts() {
         let profile = Profile::parse("p", "# About.\n# More.\n#\n# Not that.\nmust a\nmay a::b # no\n");
-        assert_eq!(profile.unwrap().rule("a::b"), Some(Rule::Must), "`a::b # no` is a pattern of its own");
+        assert_eq!(
+            profile.unwrap().rule("a::b"),
+            Some(Rule::Must),
+            "`a::b # no` is a pattern of its own"
+        );
         let profile = Profile::parse("p", "# About.\n# More.\n#\n# Not that.\nmust a\nmay a::b\n").unwrap();
         assert_eq!(profile.about, "About. More.");
         assert_eq!(profile.rule("a::b::c"), Some(Rule::May));
@@ -146,7 +150,12 @@ mod tests {
 
     #[test]
     fn what_is_no_profile_is_refused() {
-        for (text, line) in [("", 1), ("must", 1), ("must a\nshould b", 2), ("# only a comment", 1)] {
+        for (text, line) in [
+            ("", 1),
+            ("must", 1),
+            ("must a\nshould b", 2),
+            ("# only a comment", 1),
+        ] {
             assert_eq!(Profile::parse("p", text).unwrap_err().line, line, "{text}");
         }
     }

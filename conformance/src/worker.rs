@@ -167,10 +167,7 @@ pub(crate) fn ask(
 static LAST_PANIC: Mutex<String> = Mutex::new(String::new());
 
 fn last_panic() -> String {
-    LAST_PANIC
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone()
+    LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// Panics of this process go into outcomes instead of stderr, where what a library prints is looked for.
