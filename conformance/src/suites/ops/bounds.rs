@@ -1,7 +1,8 @@
 //! How far a *bounded* backend may be from the contract: an error bound carried through a program beside each value.
 //!
 //! Every operation gets what its own arithmetic can lose in f32, in whatever order it sums, plus what its inputs bring
-//! along. Three places may lose more, since that is what a bounded backend is for: quantised activations may be off by one
+//! along. Roundings are taken as independent, so that they add as their squares do, with a margin where they are new; what
+//! all elements share (a norm's factor, a score) adds as it is. Three places may lose more, since that is what a bounded backend is for: quantised activations may be off by one
 //! step of the contract's own 8-bit quantisation; activations for a float matrix may be rounded to the matrix's precision;
 //! and keys, values and attention weights to f16. Subnormal results may be flushed.
 
@@ -24,6 +25,11 @@ const HALF_BF16: f64 = 1.0 / 256.0;
 const FLUSHED: f64 = f32::MIN_POSITIVE as f64;
 /// The largest magnitude that the contract's zero segments drop: 2032 · 2^-126.
 const ZERO_SEGMENT: f64 = 2032.0 * FLUSHED;
+
+/// Margin for a sum of roundings that are new: each is a bound already, about two standard deviations.
+const NEW: f64 = 3.0;
+/// Margin for a sum of errors that were brought along, and have their margin.
+const BROUGHT: f64 = 1.25;
 
 /// See [`crate::judge::Bounds::row`]: a row whose errors are on average beyond half their bounds is not rounded but wrong.
 pub(crate) const ROW: f64 = 0.5;
@@ -48,11 +54,20 @@ impl Near {
     }
 }
 
+/// A vector as the contract has it, the values it stands for, how far they were off before, and how far another quantisation
+/// may be.
+#[derive(Clone, Debug)]
+struct Quantized {
+    codes: QuantizedVector,
+    x: Vec<f64>,
+    brought: Vec<f64>,
+    steps: Vec<f64>,
+}
+
 #[derive(Clone, Debug)]
 enum Value {
     Float(Near),
-    /// Vectors as the contract has them, the values they stand for, and how far another quantisation may be.
-    Quantized(Vec<(QuantizedVector, Vec<f64>, Vec<f64>)>),
+    Quantized(Vec<Quantized>),
     Experts(Vec<u32>),
 }
 
@@ -511,16 +526,16 @@ impl Frame<'_, '_> {
             })?),
         };
         let cols = rows.first().map_or(0, Vec::len);
-        let (y, x, ex, encoding) = match &value {
+        let (y, x, brought, new, encoding) = match &value {
             Value::Quantized(vectors) => {
                 let slot = if vectors.len() == 1 { 0 } else { slot };
-                let (q, x, e) = vectors
+                let q = vectors
                     .get(slot)
                     .ok_or_else(|| Error::invalid("slot of an expert", vectors.len(), slot))?;
                 let (y, encoding) = with_matrix(weights, at, expert, |m| {
-                    Ok((oracle::matmul_quantized(m, q, bias)?, m.encoding))
+                    Ok((oracle::matmul_quantized(m, &q.codes, bias)?, m.encoding))
                 })?;
-                (y, x.clone(), e.clone(), encoding)
+                (y, q.x.clone(), q.brought.clone(), q.steps.clone(), encoding)
             }
             Value::Float(near) => {
                 let from = if near.y.len() == cols { 0 } else { slot * cols };
@@ -537,10 +552,8 @@ impl Frame<'_, '_> {
                     _ => U,
                 };
                 let x: Vec<f64> = part.iter().map(|v| f64::from(*v)).collect();
-                let e = (0..cols)
-                    .map(|i| near.e[from + i] + rounding * x[i].abs())
-                    .collect();
-                (y, x, e, encoding)
+                let new = x.iter().map(|x| rounding * x.abs()).collect();
+                (y, x, near.e[from..from + cols].to_vec(), new, encoding)
             }
             Value::Experts(_) => {
                 return Err(Error::invalid("input of a matrix", "activations", "experts").into());
@@ -551,13 +564,16 @@ impl Frame<'_, '_> {
             .iter()
             .enumerate()
             .map(|(r, row)| {
-                let (mut exact, mut size, mut brought) = (0.0, 0.0, 0.0);
-                for (w, (x, e)) in row.iter().zip(x.iter().zip(&ex)) {
+                let (mut exact, mut size) = (0.0, 0.0);
+                let (mut old, mut fresh) = (Sum::default(), Sum::default());
+                for (i, w) in row.iter().enumerate() {
                     let w = f64::from(*w);
-                    exact += w * x;
-                    size += (w * x).abs();
-                    brought += w.abs() * e;
+                    exact += w * x[i];
+                    size += (w * x[i]).abs();
+                    old.add(w * brought[i]);
+                    fresh.add(w * new[i]);
                 }
+                let carried = old.bound(BROUGHT) + fresh.bound(NEW);
                 let b = bias.map_or(0.0, |b| f64::from(b[r]));
                 // What the contract itself drops where it aligns scales and segments.
                 let dropped = if encoding.is_quantized() {
@@ -565,7 +581,7 @@ impl Frame<'_, '_> {
                 } else {
                     0.0
                 };
-                brought
+                carried
                     + dropped
                     + (n + 8.0) * U * size
                     + 2.0 * U * (f64::from(y[r]).abs() + b.abs())
@@ -642,12 +658,15 @@ fn layer_of<'s>(op: &Op, state: &'s mut Sequence) -> Result<&'s mut Layer> {
 /// off together.
 fn norm_bounds(x: &Near, c: &Near, g: &[f32], eps: f32, y: &[f32], shift: f64) -> Vec<f64> {
     let n = c.y.len() as f64;
-    let (mut squares, mut off) = (0.0, 0.0);
+    let (mut squares, mut second) = (0.0, 0.0);
+    let mut first = Sum::default();
     for i in 0..c.y.len() {
         let v = c.abs(i);
         squares += v * v;
-        off += 2.0 * v * (c.e[i] + shift) + (c.e[i] + shift).powi(2);
+        first.add(2.0 * v * c.e[i]);
+        second += 2.0 * v * shift + (c.e[i] + shift).powi(2);
     }
+    let off = first.bound(BROUGHT) + second;
     let mean = squares / n + f64::from(eps);
     let inverse = 1.0 / mean.sqrt();
     // Relative error of the mean square, and half of it for the root; beyond a tenth the first order does not hold.
@@ -664,21 +683,42 @@ fn norm_bounds(x: &Near, c: &Near, g: &[f32], eps: f32, y: &[f32], shift: f64) -
         .collect()
 }
 
-fn quantised(x: &[f32], e: &[f64]) -> Result<(QuantizedVector, Vec<f64>, Vec<f64>)> {
-    let q = oracle::quantise(x)?;
-    let (mut values, mut bounds) = (Vec::new(), Vec::new());
-    for segment in &q.segments {
+fn quantised(x: &[f32], e: &[f64]) -> Result<Quantized> {
+    let codes = oracle::quantise(x)?;
+    let (mut values, mut steps) = (Vec::new(), Vec::new());
+    for segment in &codes.segments {
         let d = segment.m as f64 * f64::from(segment.e).exp2();
         for (i, code) in segment.q.iter().enumerate() {
             let step = segment.u[i / 32] as f64 * d;
             values.push(*code as f64 * step);
-            bounds.push(if segment.m == 0 { ZERO_SEGMENT } else { step });
+            steps.push(if segment.m == 0 { ZERO_SEGMENT } else { step });
         }
     }
-    for (bound, e) in bounds.iter_mut().zip(e) {
-        *bound += e;
+    Ok(Quantized {
+        codes,
+        x: values,
+        brought: e.to_vec(),
+        steps,
+    })
+}
+
+/// Errors of a sum's terms.
+#[derive(Default)]
+struct Sum {
+    squares: f64,
+    all: f64,
+}
+
+impl Sum {
+    fn add(&mut self, term: f64) {
+        self.squares += term * term;
+        self.all += term.abs();
     }
-    Ok((q, values, bounds))
+
+    /// As independent errors add, with a margin; never more than all of them at once.
+    fn bound(&self, margin: f64) -> f64 {
+        (margin * self.squares.sqrt()).min(self.all)
+    }
 }
 
 /// Bounds of keys or values in the cache.
@@ -704,16 +744,19 @@ fn attention_bounds(spec: &AttentionSpec, q: &Near, layer: &Layer) -> Vec<f64> {
             let Some((key, _)) = layer.cache.at(p) else {
                 continue;
             };
-            let (mut dot, mut size, mut brought) = (0.0, 0.0, 0.0);
+            let (mut dot, mut size) = (0.0, 0.0);
+            let mut brought = Sum::default();
             for i in 0..head_dim {
                 let (a, b) = (f64::from(q.y[at + i]), f64::from(key[kv + i]));
                 let (ea, eb) = (q.e[at + i], layer.keys[p][kv + i]);
                 dot += a * b;
                 size += (a * b).abs();
-                brought += a.abs() * eb + b.abs() * ea + ea * eb;
+                brought.add(a * eb);
+                brought.add(b * ea);
+                brought.add(ea * eb);
             }
             let mut score = dot * scale;
-            let mut off = scale.abs() * (brought + (head_dim as f64 + 4.0) * U * size);
+            let mut off = scale.abs() * (brought.bound(BROUGHT) + (head_dim as f64 + 4.0) * U * size);
             if let Some(cap) = spec.soft_cap.map(f64::from) {
                 score = cap * (score / cap).tanh();
                 off += 8.0 * U * cap.abs();
@@ -727,15 +770,16 @@ fn attention_bounds(spec: &AttentionSpec, q: &Near, layer: &Layer) -> Vec<f64> {
         let count = weights.len() as f64;
         let relative = (2.0 * worst).exp_m1() + (count + 32.0) * U + 2.0 * HALF_F16;
         for i in 0..head_dim {
-            let (mut size, mut brought) = (0.0, 0.0);
+            let mut size = 0.0;
+            let mut brought = Sum::default();
             for (w, p) in weights.iter().zip(first..positions) {
                 let Some((_, value)) = layer.cache.at(p) else {
                     continue;
                 };
                 size += w / sum * f64::from(value[kv + i]).abs();
-                brought += w / sum * layer.values[p][kv + i];
+                brought.add(w / sum * layer.values[p][kv + i]);
             }
-            bounds.push(relative * size + (1.0 + relative) * brought + FLUSHED);
+            bounds.push(relative * size + (1.0 + relative) * brought.bound(BROUGHT) + FLUSHED);
         }
     }
     bounds
