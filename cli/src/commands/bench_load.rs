@@ -10,6 +10,7 @@ use hoist_core::orchestrator::{FileSource, LoadOptions, OpenedModel, load, plan_
 use memmap2::{Advice, MmapMut};
 use serde_json::{Value, json};
 
+use super::bench_load_cuda::CudaBench;
 use crate::args::{DeviceArgs, ModelArg};
 use crate::backends::{self, Selected};
 use crate::exit::{Code, Usage};
@@ -37,11 +38,27 @@ pub(crate) struct BenchLoad {
     /// Measured rounds
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(5..=1000))]
     runs: u32,
+
+    /// Drop the file from the page cache before each load (cuda; there the link and the disk are measured beside)
+    #[arg(long)]
+    cold: bool,
 }
 
 impl BenchLoad {
     pub(crate) fn run(&self, json: bool) -> Result<Code> {
         catch_interrupts()?;
+        if self.device.backend.split(':').next() == Some(hoist_cuda::NAME) {
+            let bench = CudaBench {
+                model: &self.model,
+                device: &self.device,
+                runs: self.runs,
+                cold: self.cold,
+            };
+            return bench.run(json);
+        }
+        if self.cold {
+            return Err(Usage("--cold is measured with --backend cuda".into()).into());
+        }
         let device = backends::select(&self.device)?;
         let threads = match self.device.threads {
             Some(threads) => threads as usize,
@@ -165,14 +182,14 @@ struct Rates {
 }
 
 /// Median, least and most of a rate, in 10^9 bytes a second.
-struct Spread {
+pub(crate) struct Spread {
     median: f64,
     min: f64,
     max: f64,
 }
 
 impl Spread {
-    fn of(times: &[Duration], bytes: u64) -> Self {
+    pub(crate) fn of(times: &[Duration], bytes: u64) -> Self {
         let mut rates: Vec<_> = times
             .iter()
             .map(|t| bytes as f64 / t.as_secs_f64().max(1e-9) / 1e9)
@@ -192,7 +209,19 @@ impl Spread {
         }
     }
 
-    fn json(&self) -> Value {
+    pub(crate) fn median(&self) -> f64 {
+        self.median
+    }
+
+    pub(crate) fn min(&self) -> f64 {
+        self.min
+    }
+
+    pub(crate) fn max(&self) -> f64 {
+        self.max
+    }
+
+    pub(crate) fn json(&self) -> Value {
         json!({
             "gb_s": {
                 "median": units::rounded(self.median, 3),

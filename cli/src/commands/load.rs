@@ -41,8 +41,14 @@ impl Load {
         let started = Instant::now();
         catch_interrupts()?;
         let bar = Bar::new();
-        let backend = backends::select(&self.device)?;
-        let opened = models::open(&self.model)?;
+        let selected = backends::select(&self.device)?;
+        // At the same time: some devices take longer to open than a header to read.
+        let (opened, backend) = std::thread::scope(|scope| {
+            let backend = scope.spawn(|| selected.open(&self.device.open_options()));
+            let opened = models::open(&self.model);
+            (opened, backend.join())
+        });
+        let opened = opened?;
         let layers = opened.model.layers;
         if let Some((first, last)) = self.trace_layers.filter(|(_, last)| *last >= layers) {
             return Err(Usage(format!(
@@ -57,7 +63,7 @@ impl Load {
             import: self.device.import,
             watch: &bar,
         };
-        let backend = backend.open(&self.device.open_options())?;
+        let backend = backend.map_err(|_| anyhow::anyhow!("opening the device panicked"))??;
         let mut loaded = match opened.load(backend, &options) {
             Ok(loaded) => loaded,
             Err(Error::Mismatch { report }) => {

@@ -3,6 +3,7 @@
 mod bench;
 mod bench_decode;
 mod bench_load;
+mod bench_load_cuda;
 mod completions;
 mod conform;
 mod devices;

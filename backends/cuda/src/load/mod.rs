@@ -43,7 +43,7 @@ const FINISH_BYTES: u64 = 64 << 20;
 /// Weights, likewise.
 const FINISH_WEIGHTS: usize = 4096;
 /// How often the calling thread looks around.
-const TICK: Duration = Duration::from_millis(10);
+const TICK: Duration = Duration::from_millis(2);
 /// A read that stands still for so long is given up.
 const STALL: Duration = Duration::from_secs(60);
 /// A pause that the report mentions.
@@ -113,7 +113,20 @@ impl Equipment {
             _ => Ring::new(lanes(threads), pin_limit)?,
         };
         let ring = Arc::new(ring);
-        // Readers lock their own lanes when they come to it; this is ahead of those that have not.
+        let lanes = (0..ring.lanes())
+            .map(|_| {
+                Ok(Lane {
+                    stream: Stream::new(context)?,
+                    events: [Event::new(context)?, Event::new(context)?],
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let finishing = Stream::new(context)?;
+        // Code is given to the driver now rather than in the middle of the load.
+        Mover::new(modules)?;
+        modules.function("residency", "finish_weights")?;
+        // Readers lock their own lanes when they come to it; this is ahead of those that have not. Last, since the
+        // driver does one thing at a time.
         let (early, its_context) = (Arc::clone(&ring), Arc::clone(context));
         let _ = std::thread::Builder::new()
             .name("hoist-pin".into())
@@ -124,21 +137,10 @@ impl Equipment {
                     });
                 }
             });
-        let lanes = (0..ring.lanes())
-            .map(|_| {
-                Ok(Lane {
-                    stream: Stream::new(context)?,
-                    events: [Event::new(context)?, Event::new(context)?],
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        // Code is given to the driver now rather than in the middle of the load.
-        Mover::new(modules)?;
-        modules.function("residency", "finish_weights")?;
         Ok(Self {
             ring,
             lanes,
-            finishing: Stream::new(context)?,
+            finishing,
             took: started.elapsed(),
         })
     }
