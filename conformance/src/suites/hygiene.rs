@@ -18,7 +18,8 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("output", "nothing_is_printed", nothing_is_printed),
         case("process", "floating_point_mode", float_mode),
-        case("process", "signals_folder_and_environment", process_is_unchanged),
+        // A process of its own: what another case has changed would be what this one finds.
+        case("surroundings", "signals_folder_and_environment", process_is_unchanged),
         case("leavings", "threads", threads_are_joined),
         case("leavings", "descriptors", descriptors_are_closed),
         case("library", "exported_names", exported_names).needs(Need::Plugin),

@@ -24,8 +24,21 @@ extern "C" fn constructor() {
         "constructor-exit" => exit(),
         "constructor-flush" => flush_to_zero(),
         "constructor-print" => print("a constructor"),
+        "replaces-itself" => replace_file(),
         _ => {}
     }
+}
+
+/// Puts another file in the place of the library, as an update would: what was judged is not what stands there now.
+fn replace_file() {
+    let Some(path) = std::env::var_os("HOIST_FAULT_FILE").map(std::path::PathBuf::from) else {
+        return;
+    };
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes.push(0);
+    let other = path.with_extension("new");
+    std::fs::write(&other, bytes).unwrap();
+    std::fs::rename(&other, &path).unwrap();
 }
 
 /// Misbehaves in `entry` if that is the fault; a status ends the call.

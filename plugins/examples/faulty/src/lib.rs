@@ -1,5 +1,6 @@
 //! The CPU reference as a plugin with one misbehaviour, chosen by the environment variable `HOIST_FAULT`: what the
-//! conformance suite is tested with. Unset, it behaves.
+//! conformance suite is tested with. Unset, it behaves. With `HOIST_FAULT_CLASS` set to `bounded` it declares itself *bounded*,
+//! whatever else it does.
 //!
 //! `conformance/faults/table.txt` says which case of the suite must catch which fault. `faulty.c` beside this crate is the
 //! backend in C with the faults that tests of the host need; ids that both have mean the same.
@@ -13,6 +14,7 @@
 //! | `constructor-exit` | it ends the process with 0 |
 //! | `constructor-flush` | it sets flush-to-zero for the thread |
 //! | `constructor-print` | it writes to stdout |
+//! | `replaces-itself` | it puts another file in the library's place, `HOIST_FAULT_FILE` |
 //! | `open-null` | the entry returns OK and no table |
 //! | `open-status` | the entry returns an undocumented status |
 //! | `size-zero`, `size-short`, `size-huge` | `struct_size` of the table is 0, too short for the profile, or huge |
@@ -20,7 +22,8 @@
 //! | `no` | it supports no encoding and no operation |
 //! | `callback-late` | a thread calls the host's log after `shutdown` |
 //!
-//! Faults of the header are patched copies of the file: [`HOIST_PLUGIN_HEADER_V1`] is found by its magic.
+//! Faults of the file and its header (`file-…`, `header-…`, `symbol-…`) are patched copies, which the test of the table makes:
+//! [`HOIST_PLUGIN_HEADER_V1`] is found by its magic.
 //!
 //! # Any function, `KIND:ENTRY`
 //!
@@ -133,6 +136,11 @@ fn chosen() -> &'static str {
     CHOSEN.get_or_init(|| std::env::var("HOIST_FAULT").unwrap_or_default())
 }
 
+/// Whether the backend is to declare itself *bounded* instead of *exact*, whatever its fault.
+fn bounded() -> bool {
+    std::env::var_os("HOIST_FAULT_CLASS").is_some_and(|class| class == "bounded")
+}
+
 /// Whether the fault is that one.
 fn is(id: &str) -> bool {
     chosen() == id
@@ -169,7 +177,7 @@ pub unsafe extern "C" fn hoist_plugin_open_v1(
     }
     // SAFETY: passes on what the caller vouches for.
     let status = unsafe { hoist_plugin_sdk::open(provider, !is("no"), host, minor, plugin, error) };
-    if status != Status::OK || chosen().is_empty() {
+    if status != Status::OK || (chosen().is_empty() && !bounded()) {
         return status;
     }
     // SAFETY: the entry of the SDK returned OK: it wrote here.
