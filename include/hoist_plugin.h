@@ -77,6 +77,9 @@
 // Only portable scalar code, for comparison.
 #define HOIST_OPTION_FORCE_SCALAR 2
 
+// Longest text of `stats`, in bytes.
+#define HOIST_STATS_MAX_BYTES 65536
+
 #define HOIST_WANT_NOTHING 0
 
 #define HOIST_WANT_ARGMAX 1
@@ -619,20 +622,18 @@ typedef struct hoist_plugin {
                            uint32_t tensor,
                            uint8_t *digest,
                            struct hoist_error *error);
-    // `[any]` Asks the call running on a device to return `CANCELLED` soon.
+    // `[any]` Asks the `load_from` that is running on a device to return `CANCELLED` soon; for plugins that spend long
+    // stretches of it without asking the host's `progress`. Called from another thread, again and again until `load_from`
+    // has returned; without one running it changes nothing.
     hoist_status (*cancel)(hoist_handle device, struct hoist_error *error);
-    // `[any]` UTF-8 JSON into `out`; `needed` tells its length.
+    // `[serial: device]` LOADED or later. Choices that a load report should show, such as which path bytes took: one flat
+    // JSON object of strings, UTF-8, of at most `STATS_MAX_BYTES`. `needed` tells its length; if `capacity` is less,
+    // nothing is written and the host asks again.
     hoist_status (*stats)(hoist_handle device,
                           uint8_t *out,
                           uint64_t capacity,
                           uint64_t *needed,
                           struct hoist_error *error);
-    // `[any]` A table of functions under a name and version; UNSUPPORTED if there is none.
-    hoist_status (*get_extension)(const uint8_t *name,
-                                  uint64_t name_len,
-                                  uint32_t version,
-                                  const void **out,
-                                  struct hoist_error *error);
 } hoist_plugin;
 
 // Hands over the table, which stays valid until `shutdown`. `minor` is the agreed one.

@@ -39,6 +39,11 @@ pub(crate) struct DeviceArgs {
           value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) isolate_limit: u64,
 
+    /// Longest time for trying out a plugin given by path, in a process that is thrown away
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, conflicts_with = "isolate",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) probe_limit: u64,
+
     /// Layout of float matrices, whatever the backend prefers; a test switch
     #[arg(long, value_name = "LAYOUT", value_enum, hide = true)]
     pub(crate) float_layout: Option<Layout>,

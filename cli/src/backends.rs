@@ -29,7 +29,8 @@ pub(crate) fn select(device: &DeviceArgs) -> Result<Selected> {
     let name = device.backend.as_str();
     if let Some(plugin) = name.strip_prefix("plugin:") {
         let limit = Duration::from_secs(device.isolate_limit);
-        return select_plugin(plugin, device.isolate.then_some(limit));
+        let probe_limit = Duration::from_secs(device.probe_limit);
+        return select_plugin(plugin, device.isolate.then_some(limit), probe_limit);
     }
     let backend = name.split_once(':').map_or(name, |(backend, _)| backend);
     if device.isolate {
@@ -89,11 +90,11 @@ pub(crate) fn devices() -> Vec<(String, Result<Vec<DeviceInfo>, Error>)> {
         .collect()
 }
 
-/// How long a library that is tried out may take.
-const PROBE_LIMIT: Duration = Duration::from_secs(30);
+/// How long a library that is tried out may take, unless the user says otherwise.
+pub(crate) const PROBE_LIMIT: Duration = Duration::from_secs(30);
 
 /// `isolate`: in a process of its own, where a call may take that long.
-fn select_plugin(name: &str, isolate: Option<Duration>) -> Result<Selected> {
+fn select_plugin(name: &str, isolate: Option<Duration>, probe_limit: Duration) -> Result<Selected> {
     let (place, ordinal) = match name.rsplit_once('#') {
         Some((place, ordinal)) => match ordinal.parse() {
             Ok(ordinal) => (place, ordinal),
@@ -103,7 +104,10 @@ fn select_plugin(name: &str, isolate: Option<Duration>) -> Result<Selected> {
     };
     // What the lockfile names was probed when it was trusted, and has the same bytes.
     let (candidate, probe) = if place.contains('/') {
-        (Candidate::open(&absolute(Path::new(place))?)?, probe()?)
+        (
+            Candidate::open(&absolute(Path::new(place))?)?,
+            probe(probe_limit)?,
+        )
     } else {
         let lockfile = lockfile()?;
         let candidate = Lockfile::read(&lockfile)?.open(place, &lockfile)?;
@@ -127,11 +131,11 @@ fn select_plugin(name: &str, isolate: Option<Duration>) -> Result<Selected> {
 }
 
 /// How an unknown library is tried out: by this program, in a child process.
-pub(crate) fn probe() -> Result<Probe> {
+pub(crate) fn probe(limit: Duration) -> Result<Probe> {
     Ok(Probe::Child {
         program: std::env::current_exe()?,
         arguments: vec!["plugin-probe".into()],
-        limit: PROBE_LIMIT,
+        limit,
     })
 }
 

@@ -76,6 +76,19 @@ pub(crate) fn report(error: &anyhow::Error) -> Code {
     code
 }
 
+/// Prints what plugins failed at while they gave back what they held. It is not silently passed over: what was done is
+/// done, and the plugin is rejected all the same, unless something else failed before.
+pub(crate) fn report_parting(code: Code) -> Code {
+    let errors = hoist_plugin_host::take_parting_errors();
+    for error in &errors {
+        eprintln!("error: {error}");
+    }
+    match code {
+        Code::Ok if !errors.is_empty() => Code::PluginRejected,
+        code => code,
+    }
+}
+
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .chain()

@@ -17,8 +17,9 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let program = commands::Program::parse();
-    match program.run() {
-        Ok(code) => code.into(),
-        Err(error) => exit::report(&error).into(),
-    }
+    let code = match program.run() {
+        Ok(code) => code,
+        Err(error) => exit::report(&error),
+    };
+    exit::report_parting(code).into()
 }

@@ -39,6 +39,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("hoist-plugin-sdk", &["hoist-backend", "hoist-plugin-abi"]),
     ("hoist-plugin-cpu", &["hoist-plugin-sdk", "hoist-cpu"]),
     ("hoist-plugin-faulty", &["hoist-plugin-sdk", "hoist-cpu"]),
+    ("hoist-plugin-panicking", &["hoist-plugin-sdk", "hoist-cpu"]),
     ("hoist-plugin-rust-minimal", &["hoist-plugin-sdk"]),
     // The oracle shares no code with a backend, nor with the decoder that a backend uses.
     (

@@ -114,6 +114,7 @@ const NUMBERS: &[&str] = &[
     "NO_OFFSET",
     "OPTION_IMPORT",
     "OPTION_FORCE_SCALAR",
+    "STATS_MAX_BYTES",
     "SLOT_ABSENT",
     "SLOT_PRESENT",
     "SLOT_TIED",

@@ -138,11 +138,11 @@ mod tests {
 
     #[test]
     fn what_is_lost_is_counted_once() {
-        assert_eq!(lost(10 * MS, Some(10 * MS), MS, 0 * MS), MS);
+        assert_eq!(lost(10 * MS, Some(10 * MS), MS, Duration::ZERO), MS);
         // Asleep is away from the processor already.
         assert_eq!(lost(10 * MS, Some(4 * MS), MS, 5 * MS), 7 * MS);
         assert_eq!(lost(10 * MS, None, MS, 5 * MS), 6 * MS);
-        assert_eq!(lost(10 * MS, Some(0 * MS), 5 * MS, 5 * MS), 10 * MS);
+        assert_eq!(lost(10 * MS, Some(Duration::ZERO), 5 * MS, 5 * MS), 10 * MS);
     }
 
     /// Windows of runs in which this thread sleeps for most of the time, as if others had the processor.

@@ -121,7 +121,7 @@ impl Trust {
         let candidate = Candidate::open(&absolute(&self.path)?)?;
         let header = Header::read(&candidate.path, &candidate.file)?;
         let minor = header.agree(&candidate.path)?;
-        backends::probe()?.check(&candidate)?;
+        backends::probe(backends::PROBE_LIMIT)?.check(&candidate)?;
         let path = backends::lockfile()?;
         let mut lockfile = Lockfile::read(&path)?;
         let trusted = Trusted {

@@ -51,6 +51,7 @@ pub use model::{
 };
 pub use plugin::{
     Caps, DeviceInfo, DeviceMemory, Handle, OPTION_FORCE_SCALAR, OPTION_IMPORT, OpenOptions, OpenV1, Plugin,
+    STATS_MAX_BYTES,
 };
 pub use program::{
     Batch, Op, Outputs, Program, Run, Table, WANT_ARGMAX, WANT_LOGITS, WANT_NOTHING, WeightRef,

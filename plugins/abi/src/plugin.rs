@@ -1,5 +1,3 @@
-use core::ffi::c_void;
-
 use crate::{
     Batch, Chunk, ErrorRecord, Host, IndexLayout, IndexReceipt, LoadCallbacks, LoadReceipt, Outputs,
     PlanReport, PlanV, Program, Status, WorkspaceBytes, WorkspaceDims,
@@ -226,9 +224,13 @@ pub struct Plugin {
     pub digest: Option<
         unsafe extern "C" fn(model: Handle, tensor: u32, digest: *mut u8, error: *mut ErrorRecord) -> Status,
     >,
-    /// `[any]` Asks the call running on a device to return `CANCELLED` soon.
+    /// `[any]` Asks the `load_from` that is running on a device to return `CANCELLED` soon; for plugins that spend long
+    /// stretches of it without asking the host's `progress`. Called from another thread, again and again until `load_from`
+    /// has returned; without one running it changes nothing.
     pub cancel: Option<unsafe extern "C" fn(device: Handle, error: *mut ErrorRecord) -> Status>,
-    /// `[any]` UTF-8 JSON into `out`; `needed` tells its length.
+    /// `[serial: device]` LOADED or later. Choices that a load report should show, such as which path bytes took: one flat
+    /// JSON object of strings, UTF-8, of at most `STATS_MAX_BYTES`. `needed` tells its length; if `capacity` is less,
+    /// nothing is written and the host asks again.
     pub stats: Option<
         unsafe extern "C" fn(
             device: Handle,
@@ -238,17 +240,10 @@ pub struct Plugin {
             error: *mut ErrorRecord,
         ) -> Status,
     >,
-    /// `[any]` A table of functions under a name and version; UNSUPPORTED if there is none.
-    pub get_extension: Option<
-        unsafe extern "C" fn(
-            name: *const u8,
-            name_len: u64,
-            version: u32,
-            out: *mut *const c_void,
-            error: *mut ErrorRecord,
-        ) -> Status,
-    >,
 }
+
+/// Longest text of `stats`, in bytes.
+pub const STATS_MAX_BYTES: u64 = 65536;
 
 /// Hands over the table, which stays valid until `shutdown`. `minor` is the agreed one.
 pub type OpenV1 = unsafe extern "C" fn(

@@ -8,7 +8,7 @@
 HOIST_PLUGIN("c-minimal", "Hoist", "0.1.0", "x86_64-unknown-linux-gnu");
 enum { DEVICE = 1, LOAD, MODEL }; /* kinds of handles */
 static const uint64_t TOTAL = (uint64_t)64 << 30; /* a real device would be asked */
-static const hoist_caps CAPS = {.stored = {~0ull, ~0ull, ~0ull, ~0ull}, .weight_alignment = 1}; /* looks into no block */
+static const hoist_caps CAPS = {.stored = {~0ull, ~0ull, ~0ull, ~0ull}, .weight_alignment = 1}; /* looks into none */
 
 typedef struct {
     uint8_t *bytes;

@@ -1,8 +1,10 @@
 //! A device of a plugin, as a backend. Whatever crosses back is checked here.
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::time::Duration;
 
 use hoist_backend::{
     BackendInfo, Chunk, DecodeBackend, DecodeProgram, DeviceInfo, Error, FloatLayout, IndexLayout,
@@ -16,6 +18,7 @@ use hoist_plugin_abi::{Handle, Status};
 
 use crate::convert::{self, DimsArrays, ProgramArrays};
 use crate::library::{Failure, Loaded};
+use crate::parting;
 
 /// One open device of a plugin.
 pub(crate) struct PluginBackend {
@@ -26,7 +29,7 @@ pub(crate) struct PluginBackend {
     model: Handle,
     lifecycle: Lifecycle,
     /// Set once the plugin lost its device or unwound: every later call but the destroying ones says so again.
-    poisoned: Option<String>,
+    poisoned: OnceLock<String>,
     import: bool,
     weights: Vec<WeightFacts>,
     /// What arrived, as the host saw it; a plugin's own account is checked against it.
@@ -141,7 +144,7 @@ impl PluginBackend {
                 load: 0,
                 model: 0,
                 lifecycle: Lifecycle::default(),
-                poisoned: None,
+                poisoned: OnceLock::new(),
                 import: options.import,
                 weights: Vec::new(),
                 ledger: None,
@@ -211,12 +214,19 @@ impl PluginBackend {
     }
 
     fn check_poison(&self) -> Result<()> {
-        match &self.poisoned {
+        match self.poisoned.get() {
             None => Ok(()),
             Some(reason) => Err(Error::DeviceLost {
                 device: self.info.device.clone(),
                 reason: reason.clone(),
             }),
+        }
+    }
+
+    /// Remembers that the device was lost.
+    fn note(&self, error: &Error) {
+        if let Error::DeviceLost { reason, .. } = error {
+            self.poisoned.get_or_init(|| reason.clone());
         }
     }
 
@@ -227,13 +237,14 @@ impl PluginBackend {
     }
 
     /// A failed call as a typed error; poisons the device where the interface says so.
-    fn error(&mut self, call: &'static str, failure: &Failure) -> Error {
+    fn error(&self, call: &'static str, failure: &Failure) -> Error {
         let explained = format!("`{call}`: {}", failure.explain());
         let record = &failure.record;
         match failure.status {
             Status::DEVICE_LOST | Status::PANIC => {
                 let reason = format!("`{call}` of {}: {}", self.info.name, failure.explain());
-                self.poisoned = Some(reason.clone());
+                // The first reason stands.
+                let reason = self.poisoned.get_or_init(|| reason).clone();
                 Error::DeviceLost {
                     device: self.info.device.clone(),
                     reason,
@@ -277,7 +288,7 @@ impl PluginBackend {
         }
     }
 
-    fn call(&mut self, name: &'static str, f: impl FnOnce(&mut abi::ErrorRecord) -> Status) -> Result<()> {
+    fn call(&self, name: &'static str, f: impl FnOnce(&mut abi::ErrorRecord) -> Status) -> Result<()> {
         self.check_poison()?;
         self.loaded.call(f).map_err(|failure| self.error(name, &failure))
     }
@@ -358,6 +369,89 @@ impl PluginBackend {
         push_all(self, &rest, source, watch)
     }
 
+    /// Runs `load_from`, and beside it a thread that calls `cancel`, if the plugin has one, once the watch says so. A plugin
+    /// may ask `progress` seldom; then this is how it learns of it.
+    fn while_watching<T>(&self, watch: &dyn LoadWatch, load: impl FnOnce() -> T) -> T {
+        let Some(cancel) = self.loaded.table.cancel else {
+            return load();
+        };
+        let (loaded, device) = (&*self.loaded, self.device);
+        std::thread::scope(|scope| {
+            let (done, is_done) = mpsc::channel::<()>();
+            let watcher = std::thread::Builder::new().spawn_scoped(scope, move || {
+                while is_done.recv_timeout(WATCH) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    if !watch.cancelled() {
+                        continue;
+                    }
+                    // SAFETY: the device is open; the function may be called from any thread.
+                    if let Err(failure) = loaded.call(|record| unsafe { cancel(device, record) }) {
+                        // The load still learns of it when it asks `progress`.
+                        tracing::warn!("`cancel`: {}", failure.explain());
+                        return;
+                    }
+                }
+            });
+            if let Err(e) = watcher {
+                tracing::warn!("`cancel` will not be called: {e}");
+            }
+            let result = load();
+            drop(done);
+            result
+        })
+    }
+
+    /// What the plugin has to say of a load, as (name, value).
+    fn stats(&self) -> Result<Vec<(String, String)>> {
+        let Some(f) = self.loaded.table.stats else {
+            return Ok(Vec::new());
+        };
+        let bad = |what: String| Error::internal(&self.info.name, format!("`stats`: {what}"));
+        let mut text = vec![0; 1024];
+        loop {
+            let (mut needed, capacity) = (0, text.len() as u64);
+            let called = self
+                .loaded
+                // SAFETY: the buffer holds the bytes that `capacity` says, and the rest is valid for the call.
+                .call(|record| unsafe { f(self.device, text.as_mut_ptr(), capacity, &mut needed, record) });
+            match called {
+                Ok(()) => {}
+                Err(failure) if failure.status == Status::UNSUPPORTED => return Ok(Vec::new()),
+                Err(failure) => return Err(self.error("stats", &failure)),
+            }
+            if needed > abi::STATS_MAX_BYTES {
+                return Err(bad(format!(
+                    "it needs {needed} bytes, more than {}",
+                    abi::STATS_MAX_BYTES
+                )));
+            }
+            text.resize(needed as usize, 0);
+            if needed <= capacity {
+                break;
+            }
+        }
+        let notes: BTreeMap<String, String> = serde_json::from_slice(&text)
+            .map_err(|e| bad(format!("its text is no flat JSON object of strings: {e}")))?;
+        Ok(notes.into_iter().collect())
+    }
+
+    /// Ends a load or destroys a model, whatever the plugin makes of it: nothing of it is used again.
+    fn give_back(&mut self) -> std::result::Result<(), (&'static str, Failure)> {
+        let (load, model) = (self.load, self.model);
+        let table = &self.loaded.table;
+        // The table has every required entry: it would have been refused otherwise.
+        let (call, f, handle) = match self.lifecycle.state() {
+            State::Empty => return Ok(()),
+            State::Loading => ("load_abort", table.load_abort, load),
+            _ => ("model_destroy", table.model_destroy, model),
+        };
+        let called = f.map_or(Ok(()), |f| {
+            // SAFETY: the handle is a load's or a model's, as the function wants, and not used again.
+            self.loaded.call(|record| unsafe { f(handle, record) })
+        });
+        self.forget_model();
+        called.map_err(|failure| (call, failure))
+    }
+
     fn forget_model(&mut self) {
         self.model = 0;
         self.load = 0;
@@ -368,6 +462,9 @@ impl PluginBackend {
         self.lifecycle.enter(State::Empty);
     }
 }
+
+/// How often a running load is asked whether to stop.
+const WATCH: Duration = Duration::from_millis(20);
 
 /// A failed call of which nothing but the loss of the device is expected.
 fn lost_or_internal(backend: &str, device: &str, call: &str, failure: &Failure) -> Error {
@@ -469,7 +566,7 @@ impl WeightBackend for PluginBackend {
             total_memory: 0,
             details: Vec::new(),
         };
-        Self::ask_memory(&self.loaded, &self.info.name, &device, self.device)
+        Self::ask_memory(&self.loaded, &self.info.name, &device, self.device).inspect_err(|e| self.note(e))
     }
 
     fn begin_load(&mut self, plan: &LoadPlan) -> Result<()> {
@@ -579,9 +676,11 @@ impl WeightBackend for PluginBackend {
             progress: Some(pull_progress),
         };
         let load = self.load;
-        // SAFETY: the callbacks and what their context points to outlive the call, after which the plugin must not use
-        // them; they share the context immutably.
-        let called = self.loaded.call(|record| unsafe { f(load, &callbacks, record) });
+        let called = self.while_watching(watch, || {
+            // SAFETY: the callbacks and what their context points to outlive the call, after which the plugin must not use
+            // them; they share the context immutably.
+            self.loaded.call(|record| unsafe { f(load, &callbacks, record) })
+        });
         let source_error = pull.error.into_inner().unwrap_or_else(PoisonError::into_inner);
         self.weights = weights;
         match (called, source_error) {
@@ -628,6 +727,14 @@ impl WeightBackend for PluginBackend {
                 format!("`load_commit` vouches for {found} tensors of {expected}"),
             ));
         }
+        let notes = match self.stats() {
+            Ok(notes) => notes,
+            Err(error) => {
+                // What the load was refused for stands; what it took goes as far as the plugin lets it.
+                let _ = self.unload();
+                return Err(error);
+            }
+        };
         let [quantized, float, gamma, bias] = receipt.bytes;
         Ok(LoadReceipt {
             weights: receipt.tensors,
@@ -639,17 +746,13 @@ impl WeightBackend for PluginBackend {
                 ..MemoryByClass::default()
             },
             mapped: receipt.imported,
-            notes: Vec::new(),
+            notes,
         })
     }
 
     fn abort_load(&mut self) -> Result<()> {
         self.lifecycle.expect("abort_load", State::Loading)?;
-        let (f, load) = (required!(self, load_abort), self.load);
-        // SAFETY: the handle is a load's, and not used again.
-        let called = self.loaded.call(|record| unsafe { f(load, record) });
-        self.forget_model();
-        called.map_err(|failure| self.error("load_abort", &failure))
+        self.unload()
     }
 
     fn build_index(&mut self, layout: &IndexLayout) -> Result<IndexReceipt> {
@@ -769,9 +872,7 @@ impl WeightBackend for PluginBackend {
         self.loaded
             // SAFETY: all pointers are valid for the call.
             .call(|record| unsafe { f(self.device, &c_dims, &mut bytes, record) })
-            .map_err(|failure| {
-                lost_or_internal(&self.info.name, &self.info.device, "workspace_bytes", &failure)
-            })?;
+            .map_err(|failure| self.error("workspace_bytes", &failure))?;
         Ok(WorkspaceBytes {
             kv: bytes.kv,
             workspace: bytes.workspace,
@@ -819,17 +920,8 @@ impl WeightBackend for PluginBackend {
     }
 
     fn unload(&mut self) -> Result<()> {
-        match self.lifecycle.state() {
-            State::Empty => Ok(()),
-            State::Loading => self.abort_load(),
-            _ => {
-                let (f, model) = (required!(self, model_destroy), self.model);
-                // SAFETY: the handle is a model's, and not used again.
-                let called = self.loaded.call(|record| unsafe { f(model, record) });
-                self.forget_model();
-                called.map_err(|failure| self.error("model_destroy", &failure))
-            }
-        }
+        self.give_back()
+            .map_err(|(call, failure)| self.error(call, &failure))
     }
 }
 
@@ -1019,8 +1111,8 @@ impl DecodeBackend for PluginBackend {
 
 impl Drop for PluginBackend {
     fn drop(&mut self) {
-        if let Err(e) = self.unload() {
-            tracing::warn!(backend = %self.info.name, "unload failed: {e}");
+        if let Err((call, failure)) = self.give_back() {
+            parting::record(&self.loaded.path, call, failure.explain());
         }
         let Some(f) = self.loaded.table.device_close else {
             return;
@@ -1028,7 +1120,7 @@ impl Drop for PluginBackend {
         let device = self.device;
         // SAFETY: the handle is open, and not used again.
         if let Err(failure) = self.loaded.call(|record| unsafe { f(device, record) }) {
-            tracing::warn!(backend = %self.info.name, "device_close failed: {}", failure.explain());
+            parting::record(&self.loaded.path, "device_close", failure.explain());
         }
     }
 }

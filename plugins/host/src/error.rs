@@ -94,4 +94,11 @@ pub enum Error {
     /// It handed over a table that cannot be used.
     #[error("plugin `{path}` handed over a bad table: {reason}")]
     BadTable { path: PathBuf, reason: String },
+    /// It failed to give back what it held.
+    #[error("plugin `{path}` failed to give back what it held: `{call}`: {reason}")]
+    GivingBack {
+        path: PathBuf,
+        call: &'static str,
+        reason: String,
+    },
 }

@@ -13,7 +13,7 @@ use crate::float_mode::FloatMode;
 use crate::header::{Header, text};
 use crate::isolate::{Isolation, Worker};
 use crate::policy::Candidate;
-use crate::{Error, Result};
+use crate::{Error, Result, parting};
 
 /// A plugin whose code is in this process. Its library is never unloaded: its threads, its handlers at exit and the
 /// addresses it gave away could outlive it. `shutdown` is called when the last user is gone; opening it again starts anew.
@@ -164,7 +164,7 @@ impl Drop for Loaded {
         };
         // SAFETY: no device is open any more: every user of one holds this in an `Arc`.
         if let Err(failure) = self.call(|record| unsafe { shutdown(record) }) {
-            tracing::warn!(plugin = %self.path.display(), "shutdown failed: {}", failure.explain());
+            parting::record(&self.path, "shutdown", failure.explain());
         }
     }
 }

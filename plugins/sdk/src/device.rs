@@ -1,5 +1,6 @@
 //! One open device: the author's backend behind a lock, and where it is in the order of calls.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use hoist_backend::{LoadPlan, Run, State, Want, WeightBackend};
@@ -12,6 +13,8 @@ use crate::report::Problem;
 pub(crate) struct Device {
     parts: Parts,
     state: Mutex<DeviceState>,
+    /// Whether the load that is running should stop.
+    pub(crate) cancelled: AtomicBool,
 }
 
 pub(crate) struct DeviceState {
@@ -23,6 +26,8 @@ pub(crate) struct DeviceState {
     /// Why the device is poisoned.
     pub(crate) poisoned: Option<(Status, String)>,
     pub(crate) step: Step,
+    /// What `stats` says.
+    pub(crate) notes: String,
 }
 
 /// Buffers of a decode step, so that it allocates nothing.
@@ -42,10 +47,12 @@ impl Device {
             epoch: 0,
             poisoned: None,
             step: Step::default(),
+            notes: String::new(),
         };
         Self {
             parts,
             state: Mutex::new(state),
+            cancelled: AtomicBool::new(false),
         }
     }
 
@@ -130,5 +137,6 @@ impl DeviceState {
         self.state = State::Empty;
         self.plan = None;
         self.step = Step::default();
+        self.notes = String::new();
     }
 }

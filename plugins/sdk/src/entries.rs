@@ -1,6 +1,7 @@
 //! The functions of the table. Each checks what C passed, finds the device, catches what unwinds, and fills the record.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hoist_backend::{
@@ -14,6 +15,7 @@ use crate::convert::{self, Checked, read_struct, slice, write_struct};
 use crate::device::{Device, DeviceState};
 use crate::handles::{Kind, Table, decode, encode};
 use crate::report::Problem;
+use crate::{notes, panics};
 
 /// The author's provider, made by `open` and dropped by `shutdown`.
 static PROVIDER: Mutex<Option<Arc<dyn Provider>>> = Mutex::new(None);
@@ -44,9 +46,8 @@ static TABLE: Plugin = Plugin {
     truncate: Some(truncate),
     load_from: Some(load_from),
     digest: Some(digest),
-    cancel: None,
-    stats: None,
-    get_extension: None,
+    cancel: Some(cancel),
+    stats: Some(stats),
 };
 
 /// The table of a backend that only holds weights: a plugin claims `forward` exactly if it can be called.
@@ -74,7 +75,7 @@ pub unsafe fn open(
 ) -> Status {
     guard(error, || {
         // SAFETY: passed on.
-        unsafe { read_struct(host, "host") }?;
+        let host = unsafe { read_struct(host, "host") }?;
         if plugin.is_null() {
             return Err(Problem::invalid("`plugin` is NULL"));
         }
@@ -88,6 +89,7 @@ pub unsafe fn open(
                 ),
             ));
         }
+        panics::tell(&host);
         *lock(&PROVIDER) = Some(make().into());
         let table = if decodes { &TABLE } else { &RESIDENCY_TABLE };
         // SAFETY: not NULL; the caller vouches for the rest.
@@ -105,17 +107,11 @@ fn guard(error: *mut ErrorRecord, call: impl FnOnce() -> Checked<()>) -> Status 
     let problem = match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(())) => return Status::OK,
         Ok(Err(problem)) => problem,
-        Err(panic) => Problem::new(Status::PANIC, panic_message(&*panic)),
+        Err(panic) => Problem::new(Status::PANIC, panics::message(&*panic)),
     };
     // SAFETY: NULL, or a record of the caller's.
     unsafe { problem.write(error) };
     problem.status
-}
-
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a message".into())
 }
 
 fn provider() -> Checked<Arc<dyn Provider>> {
@@ -139,7 +135,7 @@ fn serial<T>(device: &Device, call: impl FnOnce(&mut DeviceState) -> Checked<T>)
     match catch_unwind(AssertUnwindSafe(|| call(&mut state))) {
         Ok(result) => result,
         Err(panic) => {
-            let message = panic_message(&*panic);
+            let message = panics::message(&*panic);
             state.poisoned = Some((Status::PANIC, message.clone()));
             Err(Problem::new(Status::PANIC, message))
         }
@@ -402,14 +398,16 @@ unsafe extern "C" fn upload(load: Handle, chunk: *const abi::Chunk, error: *mut 
 }
 
 /// The host's callbacks as a source and a watch.
-struct Callbacks {
+struct Callbacks<'a> {
     c: abi::LoadCallbacks,
+    /// Set by `cancel`.
+    cancelled: &'a AtomicBool,
 }
 
 // SAFETY: the host's callbacks may be called from any thread, concurrently.
-unsafe impl Sync for Callbacks {}
+unsafe impl Sync for Callbacks<'_> {}
 
-impl WeightSource for Callbacks {
+impl WeightSource for Callbacks<'_> {
     fn read_at(&self, weight: WeightId, offset: u64, out: &mut [u8]) -> hoist_backend::Result<()> {
         let len = out.len() as u64;
         let fail = |what: String| Error::SourceIo {
@@ -443,7 +441,7 @@ impl WeightSource for Callbacks {
     }
 }
 
-impl LoadWatch for Callbacks {
+impl LoadWatch for Callbacks<'_> {
     fn progress(&self, progress: Progress) {
         if let Some(f) = self.c.progress {
             // SAFETY: the context is the host's own. Whether to stop is asked in `cancelled`.
@@ -452,10 +450,12 @@ impl LoadWatch for Callbacks {
     }
 
     fn cancelled(&self) -> bool {
-        // SAFETY: as above.
-        self.c
-            .progress
-            .is_some_and(|f| unsafe { f(self.c.context, 0) } == Status::CANCELLED)
+        self.cancelled.load(Ordering::Relaxed)
+            || self
+                .c
+                .progress
+                // SAFETY: as above.
+                .is_some_and(|f| unsafe { f(self.c.context, 0) } == Status::CANCELLED)
     }
 }
 
@@ -467,9 +467,13 @@ unsafe extern "C" fn load_from(
     guard(error, || {
         // SAFETY: passed on.
         let c = unsafe { read_struct(callbacks, "callbacks") }?;
-        let callbacks = Callbacks { c };
-        on_child(load, Kind::Load, |_, state| {
+        on_child(load, Kind::Load, |device, state| {
             state.check_poison()?;
+            device.cancelled.store(false, Ordering::Relaxed);
+            let callbacks = Callbacks {
+                c,
+                cancelled: &device.cancelled,
+            };
             let plan = state
                 .plan
                 .take()
@@ -478,6 +482,40 @@ unsafe extern "C" fn load_from(
             state.plan = Some(plan);
             done.map_err(|e| state.problem(&e))
         })
+    })
+}
+
+unsafe extern "C" fn cancel(device: Handle, error: *mut ErrorRecord) -> Status {
+    guard(error, || {
+        // Not entered: the call that is to end is in there.
+        find(device)?.cancelled.store(true, Ordering::Relaxed);
+        Ok(())
+    })
+}
+
+unsafe extern "C" fn stats(
+    device: Handle,
+    out: *mut u8,
+    capacity: u64,
+    needed: *mut u64,
+    error: *mut ErrorRecord,
+) -> Status {
+    guard(error, || {
+        if needed.is_null() {
+            return Err(Problem::invalid("`needed` is NULL"));
+        }
+        let text = serial(&*find(device)?, |state| {
+            state.expect_at_least("stats", State::Loaded)?;
+            Ok(state.notes.clone())
+        })?;
+        let len = text.len() as u64;
+        // SAFETY: not NULL; the caller vouches for the rest.
+        unsafe { needed.write(len) };
+        if len <= capacity {
+            // SAFETY: the caller vouches for `capacity` writable bytes.
+            unsafe { slice_mut(out, len, "out") }?.copy_from_slice(text.as_bytes());
+        }
+        Ok(())
     })
 }
 
@@ -496,6 +534,7 @@ unsafe extern "C" fn load_commit(
             let r = state.backend.finish_load();
             let r = r.map_err(|e| state.problem(&e))?;
             state.state = State::Loaded;
+            state.notes = notes::json(&r.notes);
             let own = abi::LoadReceipt {
                 struct_size: size_of::<abi::LoadReceipt>() as u32,
                 tensors: r.weights,
@@ -597,6 +636,8 @@ unsafe extern "C" fn shutdown(error: *mut ErrorRecord) -> Status {
         if !DEVICES.is_empty() {
             return Err(Problem::new(Status::BAD_STATE, "a device is open"));
         }
+        // The host's log must not be called after this, however it ends.
+        let _quiet = panics::Untell;
         let provider = lock(&PROVIDER).take();
         provider
             .map(drop)

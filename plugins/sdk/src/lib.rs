@@ -23,6 +23,8 @@ mod convert;
 mod device;
 mod entries;
 mod handles;
+mod notes;
+mod panics;
 mod report;
 
 use hoist_plugin_abi::{ABI_MAJOR, ABI_MINOR_MAX, ABI_MINOR_MIN, HEADER_MAGIC, HEADER_SIZE, HeaderV1};

@@ -39,7 +39,6 @@ pub(crate) fn table() -> *const Plugin {
         digest: None,
         cancel: None,
         stats: None,
-        get_extension: None,
     };
     &TABLE
 }

@@ -27,7 +27,7 @@ pub use serve::serve;
 
 use crate::policy::Candidate;
 use crate::probe::describe;
-use crate::{Error, Result};
+use crate::{Error, Result, parting};
 use shared::Shared;
 use wire::{Decoder, Encoder, Silence};
 
@@ -47,6 +47,7 @@ const SHARED_BYTES: usize = 4 << 20;
 
 /// A worker process, and the library in it.
 pub(crate) struct Worker {
+    path: PathBuf,
     state: Mutex<WorkerState>,
     limit: Duration,
     /// Bit `n`: the plugin has the function of entry number `n`.
@@ -109,6 +110,7 @@ impl Worker {
         let answer = decoder.take::<u32>().zip(decoder.take_all::<u8>());
         match answer {
             Some((entries, problem)) if problem.is_empty() => Ok(Self {
+                path: candidate.path.clone(),
                 state: Mutex::new(state),
                 limit: isolation.limit,
                 entries,
@@ -147,7 +149,7 @@ impl Worker {
         let state = &mut *guard;
         if let Some(reason) = &state.lost {
             return if entry.gives_back() {
-                // Everything went with the worker.
+                // Everything went with the worker, and the call that lost it has said so.
                 Status::OK
             } else {
                 refuse(record, Status::DEVICE_LOST, reason)
@@ -172,11 +174,7 @@ impl Worker {
         if let Err(silence) = received {
             let reason = state.give_up(&silence, self.limit);
             state.lost = Some(format!("`{}`: {reason}", entry.name()));
-            return if entry.gives_back() {
-                Status::OK
-            } else {
-                refuse(record, Status::DEVICE_LOST, &reason)
-            };
+            return refuse(record, Status::DEVICE_LOST, &reason);
         }
         let mut decoder = Decoder(&state.reply);
         let understood = (|| {
@@ -225,7 +223,7 @@ impl WorkerState {
 }
 
 /// How long a worker that says goodbye may take to end.
-const END_LIMIT: Duration = Duration::from_secs(2);
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 fn wait(child: &mut Child, limit: Duration) -> Option<std::process::ExitStatus> {
     let started = Instant::now();
@@ -244,13 +242,29 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if state.lost.is_some() {
+            return;
+        }
+        // The worker sees the end of the stream, and ends: what the plugin does then is part of its conduct.
+        let _ = state.stream.shutdown(std::net::Shutdown::Both);
+        let reason = match wait(&mut state.child, END_LIMIT) {
+            Some(status) if status.success() => return,
+            Some(status) => describe(status),
+            None => format!(
+                "its worker process did not end within {} ms and was ended",
+                END_LIMIT.as_millis()
+            ),
+        };
+        parting::record(&self.path, "exit", reason);
+    }
+}
+
 impl Drop for WorkerState {
     fn drop(&mut self) {
-        // The worker sees the end of the stream, and ends.
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
-        if self.lost.is_none() {
-            wait(&mut self.child, END_LIMIT);
-        }
         end(&mut self.child);
     }
 }
@@ -308,7 +322,7 @@ entries! {
     PlanCheck plan_check, LoadBegin load_begin, Upload upload, LoadCommit load_commit, LoadAbort load_abort,
     Readback readback, ModelDestroy model_destroy, DeviceClose device_close, Shutdown shutdown, BuildIndex build_index,
     WorkspaceBytes workspace_bytes, WorkspaceCreate workspace_create, Prepare prepare, Forward forward,
-    Truncate truncate, Digest digest,
+    Truncate truncate, Digest digest, Stats stats,
 }
 
 impl Entry {

@@ -46,9 +46,9 @@ pub(super) fn table(entries: u32) -> Plugin {
         // The host pushes: a worker has no files of ours.
         load_from: None,
         digest: present!(Digest digest),
+        // Pushed chunks are short, and between them the host stops by itself.
         cancel: None,
-        stats: None,
-        get_extension: None,
+        stats: present!(Stats stats),
     }
 }
 
@@ -492,6 +492,35 @@ unsafe extern "C" fn digest(model: Handle, tensor: u32, digest: *mut u8, error: 
             let own: Vec<u8> = d.take_all().filter(|d: &Vec<u8>| d.len() == 32)?;
             // SAFETY: the caller's buffer holds the 32 bytes that the interface says.
             unsafe { std::ptr::copy_nonoverlapping(own.as_ptr(), digest, 32) };
+            Some(())
+        },
+    )
+}
+
+unsafe extern "C" fn stats(
+    device: Handle,
+    out: *mut u8,
+    capacity: u64,
+    needed: *mut u64,
+    error: *mut ErrorRecord,
+) -> Status {
+    exchange(
+        Entry::Stats,
+        error,
+        |e, shared| {
+            shared.grow(capacity as usize)?;
+            e.put(device);
+            e.put(capacity);
+            Ok(())
+        },
+        |d, shared| {
+            let own: u64 = d.take()?;
+            // SAFETY: the caller's, as the module says.
+            unsafe { needed.write(own) };
+            if own <= capacity {
+                // SAFETY: the shared memory was grown to `capacity`, which the caller's buffer holds too.
+                unsafe { std::ptr::copy_nonoverlapping(shared.start(), out, own as usize) };
+            }
             Some(())
         },
     )

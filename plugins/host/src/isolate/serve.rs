@@ -332,6 +332,16 @@ fn answer_one(
             reply.put_all(&digest);
             status
         }
+        Entry::Stats => {
+            let (device, capacity): (u64, u64) = (d.take()?, d.take()?);
+            if capacity > shared.len() as u64 {
+                return None;
+            }
+            let mut needed = 0u64;
+            let status = call!(table.stats(device, shared.start(), capacity, &mut needed), record);
+            reply.put(needed);
+            status
+        }
     };
     Some(status)
 }
