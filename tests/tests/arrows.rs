@@ -32,6 +32,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("hoist-cpu", &["hoist-backend", "hoist-quant"]),
+    ("hoist-wgpu", &["hoist-backend", "hoist-quant"]),
     ("hoist-cuda", &["hoist-backend", "hoist-quant"]),
     ("hoist-synth", &["hoist-backend", "hoist-formats"]),
     ("hoist-plugin-abi", &[]),

@@ -1,0 +1,17 @@
+// Q4_0: f16 scale; 16 bytes of nibbles, the low ones first.
+
+fn block_codes(b: u32, n: u32) -> u32 {
+    return less(nibbles(word_at(b + 2u + 4u * (n & 3u)), n >> 2u), 0x08080808u);
+}
+
+fn scale_at(b: u32, s: u32) -> Scale {
+    return f16_scale(half_at(b));
+}
+
+fn scale_value(b: u32, s: u32) -> u32 {
+    return f16_to_f32(half_at(b));
+}
+
+fn min_bits(b: u32) -> u32 {
+    return 0u;
+}

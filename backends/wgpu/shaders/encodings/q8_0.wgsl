@@ -1,0 +1,17 @@
+// Q8_0: f16 scale; 32 i8.
+
+fn block_codes(b: u32, n: u32) -> u32 {
+    return word_at(b + 2u + 4u * n);
+}
+
+fn scale_at(b: u32, s: u32) -> Scale {
+    return f16_scale(half_at(b));
+}
+
+fn scale_value(b: u32, s: u32) -> u32 {
+    return f16_to_f32(half_at(b));
+}
+
+fn min_bits(b: u32) -> u32 {
+    return 0u;
+}

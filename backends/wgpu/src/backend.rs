@@ -1,0 +1,421 @@
+use hoist_backend::{
+    BackendInfo, Chunk, DecodeBackend, DecodeProgram, DeviceMemory, EncodingSet, Error, FloatLayout,
+    IndexLayout, IndexReceipt, Lifecycle, Limits, LoadPlan, LoadReceipt, LoadWatch, MemoryByClass,
+    MemoryInfo, NumericsClass, OpSet, OpenOptions, Outputs, Result, Role, SequenceId, Sizing, Slot, State,
+    TokenBatch, UnsupportedWhat, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource,
+    WorkspaceBytes, WorkspaceDims,
+};
+use wgpu::{Buffer, BufferUsages};
+
+use crate::decode;
+use crate::device::{self, Gpu};
+use crate::grids;
+use crate::load;
+use crate::pipelines::Pipelines;
+use crate::program::{self, Compiled, Context};
+use crate::residency::{ALIGNMENT, ROW_BYTES, Residency};
+use crate::workspace::{self, Workspace};
+
+/// Threads of a load beyond which nothing is gained.
+const MOST_THREADS: usize = 16;
+
+/// A backend on one adapter.
+#[derive(Debug)]
+pub struct WgpuBackend {
+    info: BackendInfo,
+    budget: Option<u64>,
+    threads: usize,
+    /// Most bytes of a buffer that kernels bind.
+    limit: u64,
+    gpu: Gpu,
+    pipelines: Pipelines,
+    grids: Option<Buffer>,
+    lifecycle: Lifecycle,
+    residency: Option<Residency>,
+    ledger: Option<UploadLedger>,
+    index: Option<WeightIndex>,
+    index_bytes: u64,
+    workspace: Option<Workspace>,
+    workspace_bytes: WorkspaceBytes,
+    program: Option<Compiled>,
+}
+
+fn unsupported(what: &str) -> Error {
+    Error::Unsupported {
+        backend: crate::NAME.into(),
+        what: UnsupportedWhat::Other(what.into()),
+    }
+}
+
+fn missing(what: &str) -> Error {
+    Error::internal(crate::NAME, format!("no {what} in this state"))
+}
+
+impl WgpuBackend {
+    /// Opens adapter `ordinal`, in the order that [`crate::WgpuProvider`] lists them.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] without such an adapter; [`Error::Unsupported`] for importing, scalar code and transposed
+    /// float matrices; [`Error::InvalidArgument`] for 0 threads.
+    pub fn open(ordinal: u32, options: &OpenOptions) -> Result<Self> {
+        Self::open_with_limit(ordinal, options, u64::MAX)
+    }
+
+    /// As [`WgpuBackend::open`], as if no binding could have more bytes than `limit`: what tests of split tensors need.
+    ///
+    /// # Errors
+    /// As [`WgpuBackend::open`].
+    #[doc(hidden)]
+    pub fn open_with_limit(ordinal: u32, options: &OpenOptions, limit: u64) -> Result<Self> {
+        if options.import {
+            return Err(unsupported("mapping weights from files"));
+        }
+        if options.force_scalar {
+            return Err(unsupported("portable scalar code"));
+        }
+        if options.float_layout == Some(FloatLayout::InOut) {
+            return Err(unsupported("transposed float matrices"));
+        }
+        let threads = match options.threads {
+            Some(0) => return Err(Error::invalid("threads", "at least 1", 0)),
+            Some(n) => n as usize,
+            None => std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS)),
+        };
+        let gpu = Gpu::open(ordinal)?;
+        let pipelines = Pipelines::new(&gpu);
+        gpu.check("opening", 0)?;
+        let mut backend = Self {
+            info: BackendInfo {
+                name: crate::NAME.into(),
+                device: gpu.id.clone(),
+                device_name: gpu.adapter.get_info().name,
+                numerics: NumericsClass::Exact,
+                stored: EncodingSet::weights(),
+                computed: EncodingSet::weights(),
+                ops: OpSet::all(),
+                float_layout: FloatLayout::OutIn,
+                limits: Limits::default(),
+                sizing: Sizing {
+                    weight_alignment: ALIGNMENT,
+                    quantized_row_bytes: ROW_BYTES,
+                    quantized_segment_bytes: 0,
+                    index_entry_bytes: size_of::<Option<Slot>>() as u64,
+                },
+                memory: MemoryInfo { devices: Vec::new() },
+            },
+            budget: options.memory_budget,
+            threads,
+            limit: gpu.binding_limit.min(limit),
+            gpu,
+            pipelines,
+            grids: None,
+            lifecycle: Lifecycle::default(),
+            residency: None,
+            ledger: None,
+            index: None,
+            index_bytes: 0,
+            workspace: None,
+            workspace_bytes: WorkspaceBytes::default(),
+            program: None,
+        };
+        backend.info.memory = backend.memory()?;
+        Ok(backend)
+    }
+
+    /// What this backend owns now, by class.
+    fn owned(&self) -> MemoryByClass {
+        let mut owned = self.residency.as_ref().map(Residency::memory).unwrap_or_default();
+        owned.index = self.index_bytes;
+        owned.kv = self.workspace_bytes.kv;
+        owned.workspace = self.workspace_bytes.workspace;
+        owned
+    }
+
+    /// Total and free bytes; where the driver does not say what is free, what we have not taken.
+    fn device_memory(&self) -> (u64, u64) {
+        let memory = device::memory(&self.gpu.adapter);
+        let left = memory.total.saturating_sub(self.owned().total());
+        (memory.total, memory.free.unwrap_or(left))
+    }
+
+    /// Demands room for `needed` bytes more than are owned.
+    fn admit(&self, what: &str, needed: u64) -> Result<()> {
+        let free = self.device_memory().1;
+        let budget = self.budget.map(|b| b.saturating_sub(self.owned().total()));
+        let available = budget.map_or(free, |b| b.min(free));
+        if needed <= available {
+            return Ok(());
+        }
+        Err(Error::OutOfMemory {
+            device: self.gpu.id.clone(),
+            what: what.into(),
+            needed,
+            available,
+        })
+    }
+
+    fn upload(
+        &mut self,
+        call: &'static str,
+        chunk: Chunk<'_>,
+        record: fn(&mut UploadLedger, WeightId, u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        self.lifecycle.expect(call, State::Loading)?;
+        let (Some(residency), Some(ledger)) = (&mut self.residency, &mut self.ledger) else {
+            return Err(missing("load"));
+        };
+        // Before it is booked: a chunk that is refused must stay missing.
+        residency
+            .weight(chunk.weight)?
+            .inspect(chunk.offset, chunk.bytes)?;
+        record(ledger, chunk.weight, chunk.offset, chunk.bytes.len() as u64)?;
+        residency.write(&self.gpu, chunk.weight, chunk.offset, chunk.bytes)
+    }
+
+    fn clear(&mut self) {
+        self.program = None;
+        self.workspace = None;
+        self.workspace_bytes = WorkspaceBytes::default();
+        self.index = None;
+        self.index_bytes = 0;
+        self.residency = None;
+        self.ledger = None;
+        self.lifecycle.enter(State::Empty);
+        // Buffers are given back when the device has been looked at; that it is lost is said by the next call.
+        let _ = self.gpu.device.poll(wgpu::PollType::wait_indefinitely());
+    }
+}
+
+impl WeightBackend for WgpuBackend {
+    fn info(&self) -> &BackendInfo {
+        &self.info
+    }
+
+    fn memory(&self) -> Result<MemoryInfo> {
+        self.gpu.check("memory", 0)?;
+        let (total, free) = self.device_memory();
+        Ok(MemoryInfo {
+            devices: vec![DeviceMemory {
+                device: self.gpu.id.clone(),
+                total,
+                free,
+                budget: self.budget,
+                resident: self.owned(),
+                mapped: 0,
+            }],
+        })
+    }
+
+    fn begin_load(&mut self, plan: &LoadPlan) -> Result<()> {
+        self.lifecycle.expect("begin_load", State::Empty)?;
+        let residency = Residency::new(plan, &self.gpu, self.limit, |needed| {
+            self.admit("weights", needed)
+        })?;
+        self.residency = Some(residency);
+        self.ledger = Some(UploadLedger::new(plan));
+        self.lifecycle.enter(State::Loading);
+        Ok(())
+    }
+
+    fn upload_quantized(&mut self, chunk: Chunk<'_>) -> Result<()> {
+        self.upload("upload_quantized", chunk, UploadLedger::record_quantized)
+    }
+
+    fn upload_f32(&mut self, chunk: Chunk<'_>) -> Result<()> {
+        self.upload("upload_f32", chunk, UploadLedger::record_f32)
+    }
+
+    fn upload_gamma(&mut self, chunk: Chunk<'_>) -> Result<()> {
+        self.upload("upload_gamma", chunk, UploadLedger::record_gamma)
+    }
+
+    fn load_from(&mut self, plan: &LoadPlan, source: &dyn WeightSource, watch: &dyn LoadWatch) -> Result<()> {
+        self.lifecycle.expect("load_from", State::Loading)?;
+        let (Some(residency), Some(ledger)) = (&self.residency, &self.ledger) else {
+            return Err(missing("load"));
+        };
+        residency.check_is(plan)?;
+        // The books are replaced only when everything has arrived.
+        let mut complete = ledger.clone();
+        for weight in &plan.weights {
+            complete.record(weight.id, 0, weight.nbytes, &[weight.class])?;
+        }
+        load::run(&self.gpu, residency, plan, source, watch, self.threads)?;
+        self.ledger = Some(complete);
+        Ok(())
+    }
+
+    fn finish_load(&mut self) -> Result<LoadReceipt> {
+        self.lifecycle.expect("finish_load", State::Loading)?;
+        let (Some(residency), Some(ledger)) = (&mut self.residency, &self.ledger) else {
+            return Err(missing("load"));
+        };
+        ledger.check_complete()?;
+        residency.complete(&self.gpu)?;
+        let weights = u32::try_from(residency.weights.len())
+            .map_err(|_| Error::invalid("weights", "below 2^32", residency.weights.len()))?;
+        let split = residency.weights.iter().filter(|w| w.parts.len() > 1).count();
+        let notes = vec![
+            ("threads".to_string(), self.threads.to_string()),
+            ("buffers".to_string(), residency.arenas.len().to_string()),
+            ("split weights".to_string(), split.to_string()),
+        ];
+        let resident = residency.memory();
+        self.ledger = None;
+        self.lifecycle.enter(State::Loaded);
+        Ok(LoadReceipt {
+            weights,
+            resident,
+            mapped: 0,
+            notes,
+        })
+    }
+
+    fn abort_load(&mut self) -> Result<()> {
+        self.lifecycle.expect("abort_load", State::Loading)?;
+        self.clear();
+        self.gpu.check("abort_load", 0)
+    }
+
+    fn build_index(&mut self, layout: &IndexLayout) -> Result<IndexReceipt> {
+        self.lifecycle.expect("build_index", State::Loaded)?;
+        let weights = self
+            .residency
+            .as_ref()
+            .ok_or_else(|| missing("weights"))?
+            .weights
+            .len();
+        let index = WeightIndex::new(layout, weights)?;
+        let slots = (u64::from(index.layers()) + 1) * Role::COUNT as u64;
+        let bytes = slots * size_of::<Option<Slot>>() as u64;
+        let receipt = IndexReceipt {
+            layers: index.layers(),
+            entries: index.entries(),
+            bytes,
+        };
+        self.index = Some(index);
+        self.index_bytes = bytes;
+        self.lifecycle.enter(State::Indexed);
+        Ok(receipt)
+    }
+
+    fn read_back(&mut self, weight: WeightId, offset: u64, out: &mut [u8]) -> Result<()> {
+        self.lifecycle.expect_resident("read_back")?;
+        let residency = self.residency.as_mut().ok_or_else(|| missing("weights"))?;
+        let resident = residency.weight(weight)?;
+        let block = resident.encoding.block_bytes();
+        let nbytes = resident.nbytes;
+        let what = || format!("range of `{}` to read back", resident.name);
+        let end = offset.checked_add(out.len() as u64).filter(|end| *end <= nbytes);
+        let Some(end) = end else {
+            return Err(Error::invalid(
+                what(),
+                format!("one that ends by {nbytes}"),
+                format!("{offset} + {}", out.len()),
+            ));
+        };
+        if !offset.is_multiple_of(block) || !end.is_multiple_of(block) {
+            return Err(Error::invalid(
+                what(),
+                format!("multiples of a block of {block} bytes"),
+                format!("{offset}..{end}"),
+            ));
+        }
+        residency.read(&self.gpu, weight, offset, out)
+    }
+
+    fn workspace_bytes(&self, dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
+        workspace::bytes(dims, self.limit)
+    }
+
+    fn init_workspace(&mut self, dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
+        self.lifecycle.expect("init_workspace", State::Indexed)?;
+        let bytes = self.workspace_bytes(dims)?;
+        self.admit(
+            "keys, values and workspace",
+            bytes.kv.saturating_add(bytes.workspace),
+        )?;
+        self.workspace = Some(Workspace::new(dims, &self.gpu, self.limit)?);
+        self.workspace_bytes = bytes;
+        self.lifecycle.enter(State::Ready);
+        Ok(bytes)
+    }
+
+    fn as_decode(&mut self) -> Option<&mut dyn DecodeBackend> {
+        Some(self)
+    }
+
+    fn unload(&mut self) -> Result<()> {
+        self.clear();
+        self.gpu.check("unload", 0)
+    }
+}
+
+impl DecodeBackend for WgpuBackend {
+    fn prepare(&mut self, program: &DecodeProgram) -> Result<()> {
+        self.lifecycle.expect_ready("prepare")?;
+        let (Some(residency), Some(index), Some(work)) =
+            (&mut self.residency, &self.index, &mut self.workspace)
+        else {
+            return Err(missing("workspace"));
+        };
+        let gpu = &self.gpu;
+        let grids = match &self.grids {
+            Some(grids) => grids,
+            None => {
+                let words = grids::words()?;
+                let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST;
+                let buffer = gpu.buffer("code books", 4 * words.len() as u64, usage)?;
+                gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&words));
+                self.grids.insert(buffer)
+            }
+        };
+        let compiled = program::compile(
+            program,
+            Context {
+                gpu,
+                pipelines: &mut self.pipelines,
+                grids,
+                index,
+                residency,
+                work,
+            },
+        )?;
+        work.lengths.fill(0);
+        self.program = Some(compiled);
+        self.lifecycle.enter(State::Prepared);
+        Ok(())
+    }
+
+    fn forward(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>) -> Result<()> {
+        self.lifecycle.expect("forward", State::Prepared)?;
+        let (Some(program), Some(work)) = (&self.program, &mut self.workspace) else {
+            return Err(missing("program"));
+        };
+        decode::forward(&self.gpu, program, work, batch, out)
+    }
+
+    fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {
+        self.lifecycle.expect("truncate", State::Prepared)?;
+        let held = self.sequence_length(sequence)?;
+        if length > held {
+            return Err(Error::invalid(
+                format!("length to cut sequence {} to", sequence.0),
+                format!("at most {held}"),
+                length,
+            ));
+        }
+        if let Some(work) = &mut self.workspace {
+            work.lengths[sequence.0 as usize] = length;
+        }
+        Ok(())
+    }
+
+    fn sequence_length(&self, sequence: SequenceId) -> Result<u32> {
+        let lengths = self.workspace.as_ref().map_or(&[][..], |w| &w.lengths);
+        lengths
+            .get(sequence.0 as usize)
+            .copied()
+            .ok_or_else(|| Error::invalid("sequence", format!("below {}", lengths.len()), sequence.0))
+    }
+}

@@ -1,0 +1,334 @@
+//! Adapters, and an open device whose errors are values.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use hoist_backend::{DeviceInfo, Error, Result};
+use wgpu::{Adapter, Buffer, BufferDescriptor, BufferUsages, Device, DeviceType, Queue};
+
+/// Storage buffers that one kernel binds.
+const STORAGE_BUFFERS: u32 = 7;
+/// Threads of the largest workgroup.
+const INVOCATIONS: u32 = 256;
+/// Bytes of workgroup memory of the kernel that uses most.
+const WORKGROUP_BYTES: u32 = 8 << 10;
+
+fn instance() -> wgpu::Instance {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+    wgpu::Instance::new(descriptor)
+}
+
+/// What an adapter lacks that the kernels need.
+fn lacks(adapter: &Adapter) -> Option<String> {
+    let limits = adapter.limits();
+    let needs = [
+        (
+            "storage buffers a kernel",
+            limits.max_storage_buffers_per_shader_stage,
+            STORAGE_BUFFERS,
+        ),
+        (
+            "threads a workgroup",
+            limits.max_compute_invocations_per_workgroup,
+            INVOCATIONS,
+        ),
+        (
+            "bytes of workgroup memory",
+            limits.max_compute_workgroup_storage_size,
+            WORKGROUP_BYTES,
+        ),
+    ];
+    needs
+        .into_iter()
+        .find(|(_, has, needed)| has < needed)
+        .map(|(what, has, needed)| format!("it has {has} {what}, and {needed} are needed"))
+}
+
+fn rank(adapter: &Adapter) -> u8 {
+    match adapter.get_info().device_type {
+        DeviceType::DiscreteGpu => 0,
+        DeviceType::IntegratedGpu => 1,
+        DeviceType::VirtualGpu => 2,
+        DeviceType::Other => 3,
+        DeviceType::Cpu => 4,
+    }
+}
+
+/// Every adapter that the kernels can run on, GPUs first.
+///
+/// # Errors
+/// [`Error::Unavailable`] if there is none, with what the others lack.
+pub(crate) fn adapters() -> Result<Vec<Adapter>> {
+    let found = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()));
+    let mut lacking = Vec::new();
+    let mut adapters = Vec::new();
+    for adapter in found {
+        match lacks(&adapter) {
+            None => adapters.push(adapter),
+            Some(what) => lacking.push(format!("`{}` does not suffice: {what}", adapter.get_info().name)),
+        }
+    }
+    if adapters.is_empty() {
+        let reason = if lacking.is_empty() {
+            "no Vulkan, Metal or DX12 adapter was found".into()
+        } else {
+            lacking.join("; ")
+        };
+        return Err(Error::Unavailable {
+            backend: crate::NAME.into(),
+            reason,
+            hint: Some(
+                "install the GPU's Vulkan driver and libvulkan1; mesa-vulkan-drivers brings one that runs on the CPU"
+                    .into(),
+            ),
+        });
+    }
+    adapters.sort_by_key(rank);
+    Ok(adapters)
+}
+
+/// The id on the command line of adapter `ordinal`.
+pub(crate) fn id(ordinal: u32) -> String {
+    format!("{}:{ordinal}", crate::NAME)
+}
+
+/// Memory of an adapter in bytes: all, and what is free now.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AdapterMemory {
+    pub(crate) total: u64,
+    /// `None` if the driver does not say.
+    pub(crate) free: Option<u64>,
+}
+
+/// Asks Vulkan for its device-local heaps.
+#[cfg(not(target_vendor = "apple"))]
+fn vulkan_memory(adapter: &Adapter) -> Option<AdapterMemory> {
+    use ash::vk;
+    // SAFETY: the handle is only asked about properties, and not kept.
+    let hal = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
+    let raw = hal.raw_physical_device();
+    let instance = hal.shared_instance().raw_instance();
+    // SAFETY: the physical device belongs to this instance, and both live as long as `hal`.
+    let properties = unsafe { instance.get_physical_device_properties(raw) };
+    // SAFETY: as above.
+    let extensions = unsafe { instance.enumerate_device_extension_properties(raw) }.unwrap_or_default();
+    let knows_budget = properties.api_version >= vk::API_VERSION_1_1
+        && extensions
+            .iter()
+            .any(|e| e.extension_name_as_c_str() == Ok(ash::ext::memory_budget::NAME));
+    let mut budget = vk::PhysicalDeviceMemoryBudgetPropertiesEXT::default();
+    let heaps = if knows_budget {
+        let mut memory = vk::PhysicalDeviceMemoryProperties2::default().push_next(&mut budget);
+        // SAFETY: as above; the chain holds a structure whose extension the device has.
+        unsafe { instance.get_physical_device_memory_properties2(raw, &mut memory) };
+        memory.memory_properties
+    } else {
+        // SAFETY: as above.
+        unsafe { instance.get_physical_device_memory_properties(raw) }
+    };
+    let mut total = 0u64;
+    let mut free = 0u64;
+    for (i, heap) in heaps
+        .memory_heaps
+        .iter()
+        .enumerate()
+        .take(heaps.memory_heap_count as usize)
+    {
+        if heap.flags.contains(vk::MemoryHeapFlags::DEVICE_LOCAL) {
+            total = total.saturating_add(heap.size);
+            let room = budget.heap_budget[i].saturating_sub(budget.heap_usage[i]);
+            free = free.saturating_add(room.min(heap.size));
+        }
+    }
+    Some(AdapterMemory {
+        total,
+        free: knows_budget.then_some(free),
+    })
+}
+
+#[cfg(target_vendor = "apple")]
+fn vulkan_memory(_: &Adapter) -> Option<AdapterMemory> {
+    None
+}
+
+/// What is known of an adapter's memory; where no one says, its largest buffer stands for all of it.
+pub(crate) fn memory(adapter: &Adapter) -> AdapterMemory {
+    vulkan_memory(adapter).unwrap_or(AdapterMemory {
+        total: adapter.limits().max_buffer_size,
+        free: None,
+    })
+}
+
+pub(crate) fn describe(ordinal: u32, adapter: &Adapter) -> DeviceInfo {
+    let info = adapter.get_info();
+    let limits = adapter.limits();
+    let mut details = vec![
+        ("api".to_string(), info.backend.to_str().to_string()),
+        ("type".to_string(), format!("{:?}", info.device_type)),
+    ];
+    let driver = format!("{} {}", info.driver, info.driver_info);
+    if !driver.trim().is_empty() {
+        details.push(("driver".into(), driver.trim().into()));
+    }
+    details.push((
+        "binding limit".into(),
+        limits.max_storage_buffer_binding_size.to_string(),
+    ));
+    DeviceInfo {
+        ordinal,
+        id: id(ordinal),
+        name: info.name,
+        total_memory: memory(adapter).total,
+        details,
+    }
+}
+
+/// What went wrong outside of a call that could have said so.
+#[derive(Debug)]
+enum Failure {
+    Lost(String),
+    OutOfMemory(String),
+    Other(String),
+}
+
+type Failures = Arc<Mutex<Option<Failure>>>;
+
+fn lock(failures: &Failures) -> MutexGuard<'_, Option<Failure>> {
+    failures.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// An open device.
+#[derive(Debug)]
+pub(crate) struct Gpu {
+    pub(crate) adapter: Adapter,
+    pub(crate) device: Device,
+    pub(crate) queue: Queue,
+    pub(crate) id: String,
+    /// Most bytes that a kernel may see of one buffer; a multiple of 4096.
+    pub(crate) binding_limit: u64,
+    /// Workgroups of one dimension.
+    pub(crate) most_groups: u32,
+    failures: Failures,
+}
+
+impl Gpu {
+    pub(crate) fn open(ordinal: u32) -> Result<Self> {
+        let adapters = adapters()?;
+        let count = adapters.len();
+        let adapter = adapters
+            .into_iter()
+            .nth(ordinal as usize)
+            .ok_or_else(|| Error::Unavailable {
+                backend: crate::NAME.into(),
+                reason: format!("there is no adapter {ordinal}"),
+                hint: Some(format!(
+                    "there are {count}, from {} on; `hoist devices` lists them",
+                    id(0)
+                )),
+            })?;
+        let limits = adapter.limits();
+        let request = adapter.request_device(&wgpu::DeviceDescriptor {
+            label: Some("hoist"),
+            required_features: wgpu::Features::empty(),
+            required_limits: limits.clone(),
+            experimental_features: wgpu::ExperimentalFeatures::disabled(),
+            memory_hints: wgpu::MemoryHints::MemoryUsage,
+            trace: wgpu::Trace::Off,
+        });
+        let (device, queue) = pollster::block_on(request).map_err(|e| Error::Unavailable {
+            backend: crate::NAME.into(),
+            reason: format!("`{}` could not be opened: {e}", adapter.get_info().name),
+            hint: None,
+        })?;
+        let failures = Failures::default();
+        let lost = Arc::clone(&failures);
+        device.set_device_lost_callback(move |reason, message| {
+            // We destroy devices ourselves when we are done with them.
+            if reason != wgpu::DeviceLostReason::Destroyed {
+                *lock(&lost) = Some(Failure::Lost(message));
+            }
+        });
+        let uncaptured = Arc::clone(&failures);
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            let failure = match error {
+                wgpu::Error::OutOfMemory { source } => Failure::OutOfMemory(source.to_string()),
+                wgpu::Error::Validation { description, .. } => Failure::Other(description),
+                wgpu::Error::Internal { description, .. } => Failure::Other(description),
+            };
+            // The first one is the cause; the loss of the device outweighs all.
+            lock(&uncaptured).get_or_insert(failure);
+        }));
+        // Bindings are counted in words of 32 bits, and byte addresses are u32.
+        let binding_limit = limits
+            .max_storage_buffer_binding_size
+            .min(limits.max_buffer_size)
+            .min(u64::from(u32::MAX))
+            / 4096
+            * 4096;
+        Ok(Self {
+            adapter,
+            device,
+            queue,
+            id: id(ordinal),
+            binding_limit,
+            most_groups: limits.max_compute_workgroups_per_dimension,
+            failures,
+        })
+    }
+
+    /// Reports what went wrong since the last time; a lost device stays lost.
+    pub(crate) fn check(&self, what: &str, needed: u64) -> Result<()> {
+        let mut failure = lock(&self.failures);
+        match failure.take() {
+            None => Ok(()),
+            Some(Failure::Lost(reason)) => {
+                let error = self.lost(&reason);
+                *failure = Some(Failure::Lost(reason));
+                Err(error)
+            }
+            Some(Failure::OutOfMemory(reason)) => Err(Error::OutOfMemory {
+                device: self.id.clone(),
+                what: format!("{what} ({reason})"),
+                needed,
+                available: memory(&self.adapter).free.unwrap_or(0),
+            }),
+            Some(Failure::Other(reason)) => Err(Error::internal(crate::NAME, format!("{what}: {reason}"))),
+        }
+    }
+
+    pub(crate) fn lost(&self, reason: &str) -> Error {
+        Error::DeviceLost {
+            device: self.id.clone(),
+            reason: if reason.is_empty() {
+                "the driver gave no reason".into()
+            } else {
+                reason.into()
+            },
+        }
+    }
+
+    pub(crate) fn buffer(&self, what: &str, bytes: u64, usage: BufferUsages) -> Result<Buffer> {
+        let buffer = self.device.create_buffer(&BufferDescriptor {
+            label: Some(what),
+            // No API has empty buffers, and copies are in words.
+            size: bytes.max(16).next_multiple_of(4),
+            usage,
+            mapped_at_creation: false,
+        });
+        self.check(what, bytes)?;
+        Ok(buffer)
+    }
+
+    /// Waits until everything that was submitted is done.
+    pub(crate) fn wait(&self, what: &str) -> Result<()> {
+        let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
+        self.check(what, 0)?;
+        polled.map(|_| ()).map_err(|e| self.lost(&e.to_string()))
+    }
+
+    /// Forgets the device, as if it were lost: what tests of that path need.
+    #[cfg(test)]
+    pub(crate) fn lose(&self) {
+        *lock(&self.failures) = Some(Failure::Lost("as a test asked".into()));
+    }
+}

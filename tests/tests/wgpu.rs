@@ -1,0 +1,343 @@
+//! The wgpu backend on the first adapter there is: Mesa's lavapipe where there is no GPU.
+//!
+//! Without an adapter every test is ignored, visibly; where the variable CI is set, that is a failure.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use hoist_backend::*;
+use hoist_conformance::operands::{self, Magnitudes, Random, Scales};
+use hoist_conformance::profile::Profile;
+use hoist_conformance::runner::{self, Options};
+use hoist_conformance::{PluginFacts, Target};
+use hoist_cpu::CpuProvider;
+use hoist_wgpu::{WgpuBackend, WgpuProvider};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// The device under test.
+struct FirstAdapter;
+
+impl Target for FirstAdapter {
+    fn name(&self) -> &str {
+        "wgpu:0"
+    }
+
+    fn devices(&self) -> Result<Vec<DeviceInfo>> {
+        WgpuProvider.devices()
+    }
+
+    fn open(&self, options: &OpenOptions) -> Result<Box<dyn WeightBackend>> {
+        WgpuProvider.open(0, options)
+    }
+
+    fn open_ordinal(&self, ordinal: u32, options: &OpenOptions) -> Result<Box<dyn WeightBackend>> {
+        WgpuProvider.open(ordinal, options)
+    }
+
+    fn plugin(&self) -> Option<&PluginFacts> {
+        None
+    }
+}
+
+/// Asks every case that matches one of `filters`.
+fn conforms(filters: &[&str]) -> Result<(), Failed> {
+    let profile = Profile::built_in("full")
+        .map_err(|e| e.to_string())?
+        .ok_or("no profile `full`")?;
+    let options = Options {
+        profile,
+        filters: filters.iter().map(ToString::to_string).collect(),
+        expectations: Vec::new(),
+        seed: 1,
+        jobs: 1,
+        limit: None,
+    };
+    let report = runner::run_in_process(&FirstAdapter, &options, 1, &|_| {}).map_err(|e| e.to_string())?;
+    println!("{:?} in {} ms", report.counts, report.millis);
+    let failures: Vec<String> = report
+        .failures()
+        .map(|c| format!("{}: {}", c.id, c.outcome.detail()))
+        .collect();
+    if failures.is_empty() && report.cases.iter().any(|c| c.outcome.was_executed()) {
+        return Ok(());
+    }
+    Err(format!("{:?}\n{}", report.counts, failures.join("\n")).into())
+}
+
+/// A matrix behind a table of inputs: logits of token `t` are the matrix times row `t` of the table.
+struct Product {
+    plan: LoadPlan,
+    layout: IndexLayout,
+    program: DecodeProgram,
+    bytes: Vec<Vec<u8>>,
+}
+
+impl Product {
+    fn new(encoding: Encoding, rows: u32, cols: u32) -> Self {
+        let mut random = Random::new(3);
+        let shape = Shape::matrix(rows.into(), cols.into());
+        let table: Vec<f32> = (0..rows)
+            .flat_map(|_| operands::vector(&mut random, cols as usize, Magnitudes::Outliers))
+            .collect();
+        let bytes = vec![
+            table.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            operands::weight(&mut random, encoding, shape, Scales::Ordinary).unwrap(),
+        ];
+        let parts = [(Role::TokenEmbd, Encoding::F32), (Role::Output, encoding)];
+        let weights: Vec<WeightPlan> = (0u32..)
+            .zip(parts)
+            .map(|(i, (role, encoding))| {
+                let nbytes = bytes[i as usize].len() as u64;
+                WeightPlan {
+                    id: WeightId(i),
+                    name: role.to_string(),
+                    layer: None,
+                    role,
+                    class: WeightClass::of_matrix(encoding),
+                    encoding,
+                    shape,
+                    nbytes,
+                    views: vec![SourceView::contiguous(0, 0, nbytes)],
+                    change: ValueChange::Keep,
+                    layout: FloatLayout::OutIn,
+                    resident_bytes: nbytes,
+                }
+            })
+            .collect();
+        let entries = weights
+            .iter()
+            .map(|w| IndexEntry {
+                layer: None,
+                role: w.role,
+                slot: Slot::Present(w.id),
+            })
+            .collect();
+        let value = |name: &str, width, kind| ValueSpec {
+            name: name.into(),
+            width,
+            kind,
+        };
+        let at = |role| WeightRef { layer: None, role };
+        let op = |kind| Op { layer: None, kind };
+        let program = DecodeProgram {
+            vocab: rows,
+            max_context: 16,
+            kv: vec![],
+            values: vec![
+                value("x", cols, ValueKind::F32),
+                value("q", cols, ValueKind::Quantized { vectors: 1 }),
+                value("logits", rows, ValueKind::F32),
+            ],
+            ops: vec![
+                op(OpKind::Embed {
+                    weight: at(Role::TokenEmbd),
+                    out: ValueId(0),
+                }),
+                op(OpKind::Quantise {
+                    input: ValueId(0),
+                    out: ValueId(1),
+                }),
+                op(OpKind::Logits {
+                    input: ValueId(1),
+                    weight: at(Role::Output),
+                    bias: None,
+                    out: ValueId(2),
+                }),
+            ],
+            tail: 0,
+            tables: vec![],
+            logits: ValueId(2),
+        };
+        let nbytes = weights.iter().map(|w| w.nbytes).sum();
+        Self {
+            plan: LoadPlan {
+                architecture: "product".into(),
+                layers: 0,
+                weights,
+                resident: MemoryByClass::default(),
+                nbytes,
+                source_bytes: nbytes,
+            },
+            layout: IndexLayout { layers: 0, entries },
+            program,
+            bytes,
+        }
+    }
+
+    /// Uploads everything, in chunks of an odd number of blocks.
+    fn load(&self, backend: &mut dyn WeightBackend) {
+        backend.begin_load(&self.plan).unwrap();
+        for (weight, bytes) in self.plan.weights.iter().zip(&self.bytes) {
+            let step = 37 * weight.granule() as usize;
+            for (i, bytes) in bytes.chunks(step).enumerate() {
+                let chunk = Chunk {
+                    weight: weight.id,
+                    offset: (i * step) as u64,
+                    bytes,
+                };
+                match weight.class {
+                    WeightClass::Quantized => backend.upload_quantized(chunk).unwrap(),
+                    _ => backend.upload_f32(chunk).unwrap(),
+                }
+            }
+        }
+        backend.finish_load().unwrap();
+    }
+
+    /// Logits of some tokens.
+    fn run(&self, backend: &mut dyn WeightBackend) -> Vec<u32> {
+        backend.build_index(&self.layout).unwrap();
+        let capacity = Capacity {
+            max_context: 16,
+            max_sequences: 1,
+            max_batch_tokens: 6,
+            kv: KvDtype::F16,
+        };
+        backend
+            .init_workspace(&WorkspaceDims::new(&self.program, capacity).unwrap())
+            .unwrap();
+        let decode = backend.as_decode().unwrap();
+        decode.prepare(&self.program).unwrap();
+        let tokens = [0, 1, 77, self.program.vocab - 1, 5, 2];
+        let want = [Want::Logits; 6];
+        let mut logits = vec![0.0; tokens.len() * self.program.vocab as usize];
+        let run = Run {
+            sequence: SequenceId(0),
+            tokens: &tokens,
+            want: &want,
+        };
+        decode
+            .forward(
+                &TokenBatch { runs: &[run] },
+                &mut Outputs {
+                    argmax: &mut [],
+                    logits: &mut logits,
+                },
+            )
+            .unwrap();
+        logits.iter().map(|y| y.to_bits()).collect()
+    }
+}
+
+/// A tensor that no binding could hold whole reads back and multiplies as on the CPU.
+fn split_tensors_are_whole() -> Result<(), Failed> {
+    for encoding in [Encoding::Q4_K, Encoding::Q6_K, Encoding::Q8_0, Encoding::APR_Q8] {
+        let model = Product::new(encoding, 301, 512);
+        let mut backend = WgpuBackend::open_with_limit(0, &OpenOptions::default(), 48 << 10)?;
+        model.load(&mut backend);
+        for (weight, bytes) in model.plan.weights.iter().zip(&model.bytes) {
+            let mut found = vec![0; bytes.len()];
+            backend.read_back(weight.id, 0, &mut found)?;
+            assert!(found == *bytes, "{encoding}: `{}` read back", weight.name);
+            let block = weight.granule() as usize;
+            let (start, end) = (3 * block, bytes.len() - 2 * block);
+            let mut part = vec![0; end - start];
+            backend.read_back(weight.id, start as u64, &mut part)?;
+            assert!(part == bytes[start..end], "{encoding}: a part of `{}`", weight.name);
+        }
+        let mut cpu = CpuProvider.open(0, &OpenOptions::default())?;
+        model.load(&mut *cpu);
+        assert!(model.run(&mut backend) == model.run(&mut *cpu), "{encoding}: logits");
+    }
+    Ok(())
+}
+
+/// What cannot be held is refused by name, with numbers, before anything is resident.
+fn a_row_beyond_every_binding_is_refused() -> Result<(), Failed> {
+    let model = Product::new(Encoding::Q8_0, 64, 4096);
+    let mut backend = WgpuBackend::open_with_limit(0, &OpenOptions::default(), 16 << 10)?;
+    match backend.begin_load(&model.plan) {
+        Err(Error::Unsupported {
+            what: UnsupportedWhat::Limit { limit, found, .. },
+            ..
+        }) => assert!(found > limit),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(backend.memory()?.devices[0].resident.total(), 0);
+    let mut backend = WgpuBackend::open_with_limit(0, &OpenOptions::default(), 128 << 10)?;
+    model.load(&mut backend);
+    Ok(())
+}
+
+fn an_adapter_that_is_not_there_is_unavailable() -> Result<(), Failed> {
+    let none = u32::try_from(WgpuProvider.devices()?.len())?;
+    match WgpuProvider.open(none, &OpenOptions::default()).map(|_| ()) {
+        Err(Error::Unavailable { hint: Some(_), .. }) => Ok(()),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn options_that_it_cannot_honour_are_refused() -> Result<(), Failed> {
+    for options in [
+        OpenOptions {
+            import: true,
+            ..OpenOptions::default()
+        },
+        OpenOptions {
+            force_scalar: true,
+            ..OpenOptions::default()
+        },
+        OpenOptions {
+            float_layout: Some(FloatLayout::InOut),
+            ..OpenOptions::default()
+        },
+    ] {
+        let opened = WgpuProvider.open(0, &options).map(|_| ());
+        assert!(
+            matches!(opened, Err(Error::Unsupported { .. })),
+            "{options:?}: {opened:?}"
+        );
+    }
+    Ok(())
+}
+
+type Test = (&'static str, fn() -> Result<(), Failed>);
+
+const TESTS: &[Test] = &[
+    ("split_tensors_are_whole", split_tensors_are_whole),
+    (
+        "a_row_beyond_every_binding_is_refused",
+        a_row_beyond_every_binding_is_refused,
+    ),
+    (
+        "an_adapter_that_is_not_there_is_unavailable",
+        an_adapter_that_is_not_there_is_unavailable,
+    ),
+    (
+        "options_that_it_cannot_honour_are_refused",
+        options_that_it_cannot_honour_are_refused,
+    ),
+    ("suite_device", || conforms(&["device"])),
+    ("suite_residency", || conforms(&["residency"])),
+    ("suite_index", || conforms(&["index"])),
+    ("suite_encodings", || conforms(&["encodings"])),
+    ("suite_ops", || conforms(&["ops"])),
+    ("suite_decode", || conforms(&["decode"])),
+    ("suite_lifecycle", || conforms(&["lifecycle"])),
+];
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let missing = match WgpuProvider.devices() {
+        Ok(_) => None,
+        Err(error) => Some(error.to_string()),
+    };
+    let in_ci = std::env::var_os("CI").is_some_and(|v| !v.is_empty() && v != "false");
+    if let Some(reason) = &missing {
+        eprintln!("no adapter: {reason}");
+    }
+    let trials = TESTS
+        .iter()
+        .map(|(name, test)| {
+            let missing = missing.clone();
+            Trial::test(*name, move || match missing {
+                Some(reason) => Err(reason.into()),
+                None => test(),
+            })
+        })
+        .map(|trial| trial.with_ignored_flag(missing.is_some() && !in_ci))
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit();
+}
