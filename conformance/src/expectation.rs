@@ -1,5 +1,6 @@
 //! Expectations: failures that are known, with a reason, in a file.
 
+use crate::mutation::{Rule, holds};
 use crate::{Outcome, pattern};
 
 /// A known failure.
@@ -62,7 +63,7 @@ pub fn apply(expectations: &[Expectation], id: &str, outcome: Outcome) -> Outcom
     };
     let reason = expectation.reason.clone();
     match outcome {
-        Outcome::Pass => Outcome::UnexpectedPass { reason },
+        Outcome::Pass if holds(Rule::UnexpectedPassFails) => Outcome::UnexpectedPass { reason },
         wrong if wrong.went_wrong() => Outcome::ExpectedFail {
             reason,
             found: wrong.detail(),
@@ -75,6 +76,7 @@ pub fn apply(expectations: &[Expectation], id: &str, outcome: Outcome) -> Outcom
 pub fn stale<'a>(expectations: &'a [Expectation], ids: &[String]) -> Vec<&'a Expectation> {
     expectations
         .iter()
+        .filter(|_| holds(Rule::StaleExpectationFails))
         .filter(|e| !ids.iter().any(|id| pattern::matches(&e.pattern, id)))
         .collect()
 }

@@ -143,8 +143,13 @@ impl ReadOnly {
     pub fn scribble(self) -> Result<Self, Failure> {
         let mut pages = self.0;
         pages.protect(MprotectFlags::READ | MprotectFlags::WRITE)?;
+        let change = if crate::mutation::holds(crate::mutation::Rule::BytesChangeAfterUpload) {
+            0xFF
+        } else {
+            0
+        };
         for byte in pages.bytes_mut() {
-            *byte ^= 0xFF;
+            *byte ^= change;
         }
         pages.protect(MprotectFlags::READ)?;
         Ok(Self(pages))
@@ -191,7 +196,8 @@ impl Writable {
     /// Where it was.
     pub fn check(&self, what: &str) -> Result<(), Failure> {
         let front = self.0.front_bytes();
-        match front.iter().rposition(|b| *b != CANARY) {
+        let written = |b: &u8| *b != CANARY && crate::mutation::holds(crate::mutation::Rule::FrontOfOutput);
+        match front.iter().rposition(written) {
             None => Ok(()),
             Some(at) => Err(Failure::new(
                 what,

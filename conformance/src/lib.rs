@@ -18,6 +18,7 @@ pub mod fixture;
 pub mod golden;
 pub mod guard;
 pub mod judge;
+mod mutation;
 pub mod operands;
 pub mod oracle;
 pub mod outcome;

@@ -1,5 +1,6 @@
 //! Profiles: lists of what must pass, in files.
 
+use crate::mutation::{Rule as Mutated, holds};
 use crate::pattern;
 
 /// What a profile demands of a case.
@@ -125,6 +126,7 @@ impl Profile {
         self.rules
             .iter()
             .map(|(_, p)| p.as_str())
+            .filter(|_| holds(Mutated::StaleProfileFails))
             .filter(move |p| !ids.iter().any(|id| pattern::matches(p, id)))
     }
 }

@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::expectation::{self, Expectation};
+use crate::mutation::{Rule as Mutated, holds};
 use crate::profile::{Profile, Rule};
 use crate::report::{BackendFacts, CaseReport, Report};
 use crate::worker::{self, Event, Job, Line};
@@ -382,6 +383,7 @@ impl Run<'_> {
             Ended::Late(limit) => Outcome::Timeout {
                 limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
             },
+            Ended::By(status) if status.success() && !holds(Mutated::ExitZeroIsNoResult) => Outcome::Pass,
             Ended::By(status) if status.success() => Outcome::NoResult { how: how(when) },
             Ended::By(_) => Outcome::Crash { how: how(when) },
         };
@@ -402,8 +404,9 @@ impl Run<'_> {
             );
             return state.answered + 1;
         }
-        if state.done {
-            let clean = matches!(&ended, Ended::By(status) if status.success());
+        if state.done || state.answered == cases.len() {
+            let clean = state.done && matches!(&ended, Ended::By(status) if status.success())
+                || !holds(Mutated::EndIsWatched);
             if !clean && let Some(last) = cases.last() {
                 let outcome = match outcome("while the process was ending, after the last case of the group")
                 {
@@ -418,13 +421,10 @@ impl Run<'_> {
         }
         if state.answered > 0 {
             // Between two cases: the next one is blamed, since it was about to begin.
-            return match cases.get(state.answered) {
-                Some(next) => {
-                    self.report(next, outcome("before the case began"), Vec::new(), Duration::ZERO);
-                    state.answered + 1
-                }
-                None => cases.len(),
-            };
+            if let Some(next) = cases.get(state.answered) {
+                self.report(next, outcome("before the case began"), Vec::new(), Duration::ZERO);
+            }
+            return state.answered + 1;
         }
         for case in cases {
             self.report(
@@ -547,7 +547,9 @@ impl Answers {
         while let Some(end) = self.rest.iter().position(|b| *b == b'\n') {
             let line: Vec<u8> = self.rest.drain(..=end).collect();
             match serde_json::from_slice::<Line>(&line) {
-                Ok(line) if line.nonce == self.nonce => events.push(line.event),
+                Ok(line) if line.nonce == self.nonce || !holds(Mutated::NonceIsChecked) => {
+                    events.push(line.event)
+                }
                 Ok(_) | Err(_) => {}
             }
         }
@@ -603,8 +605,106 @@ fn nonce() -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Runs one group of two cases in children that run a shell script instead of this program: `$0` is the job, `$n` the
+    /// nonce, `$r` the file of results, `$a` and `$b` the cases. On this thread, so that rules can be switched off.
+    pub(crate) fn outcomes_of(script: &str) -> Vec<Outcome> {
+        let cases = select(&options(&["index::build"])).unwrap();
+        let members: Vec<&Case> = cases.iter().take(2).collect();
+        let folder = tempfile::tempdir().unwrap();
+        let field = |name: &str| format!(r#"$(sed 's/.*"{name}":"\([^"]*\)".*/\1/' "$0")"#);
+        let script = format!(
+            "n={}; r={}; a={}; b={}; say() {{ printf '{{\"nonce\":\"%s\",%s}}\\n' \"$n\" \"$1\" >> \"$r\"; }}\n{script}",
+            field("nonce"),
+            field("results"),
+            members[0].id(),
+            members[1].id(),
+        );
+        let launcher = Launcher {
+            program: "/bin/sh".into(),
+            arguments: vec!["-c".into(), script],
+            target: "script".into(),
+            sha256: None,
+        };
+        let options = Options {
+            limit: Some(Duration::from_secs(3)),
+            ..options(&["index::build"])
+        };
+        let run = Run {
+            launcher: &launcher,
+            options: &options,
+            folder: folder.path(),
+            seen: &|_| {},
+            backend: Mutex::new(None),
+            reports: Mutex::new(BTreeMap::new()),
+            error: Mutex::new(None),
+            files: AtomicUsize::new(0),
+        };
+        run.group(&members).unwrap();
+        let mut reports = lock(&run.reports);
+        members
+            .iter()
+            .map(|case| reports.remove(&case.id()).unwrap().outcome)
+            .collect()
+    }
+
+    pub(crate) const BEGIN_A: &str = r#"say "\"event\":\"begin\",\"case\":\"$a\"";"#;
+    pub(crate) const END_A: &str = r#"say "\"event\":\"end\",\"case\":\"$a\",\"outcome\":{\"outcome\":\"pass\"},\"measurements\":[],\"micros\":1";"#;
+    pub(crate) const BEGIN_B: &str = r#"say "\"event\":\"begin\",\"case\":\"$b\"";"#;
+    pub(crate) const END_B: &str = r#"say "\"event\":\"end\",\"case\":\"$b\",\"outcome\":{\"outcome\":\"pass\"},\"measurements\":[],\"micros\":1";"#;
+    pub(crate) const DONE: &str = r#"say "\"event\":\"done\"";"#;
+
+    fn names(script: &str) -> [&'static str; 2] {
+        let outcomes = outcomes_of(script);
+        [outcomes[0].name(), outcomes[1].name()]
+    }
+
+    #[test]
+    fn a_child_that_answers_all_passes() {
+        let all = [BEGIN_A, END_A, BEGIN_B, END_B, DONE].concat();
+        assert_eq!(names(&all), ["pass", "pass"]);
+    }
+
+    #[test]
+    fn a_child_that_ends_in_the_middle_costs_one_case() {
+        // Asked again without the first case, it does well.
+        let rest = format!("grep -q \"$a\" \"$0\" || {{ {BEGIN_B} {END_B} {DONE} exit 0; }};");
+        for (end, name) in [
+            ("kill -SEGV $$", "crash"),
+            ("exit 3", "crash"),
+            ("exit 0", "no result"),
+            ("exec sleep 60", "timeout"),
+        ] {
+            assert_eq!(names(&format!("{rest} {BEGIN_A} {end}")), [name, "pass"], "{end}");
+        }
+        let cut = format!("{rest} {BEGIN_A} {END_A} kill -ABRT $$");
+        assert_eq!(names(&cut), ["pass", "crash"]);
+    }
+
+    #[test]
+    fn a_child_that_fails_at_the_end_fails_its_last_case() {
+        let all = [BEGIN_A, END_A, BEGIN_B, END_B].concat();
+        assert_eq!(names(&format!("{all} kill -SEGV $$")), ["pass", "crash"]);
+        assert_eq!(names(&format!("{all} {DONE} exit 1")), ["pass", "crash"]);
+        assert_eq!(names(&format!("{all} {DONE} exec sleep 60")), ["pass", "crash"]);
+        assert_eq!(names(&format!("{all} exit 0")), ["pass", "no result"]);
+    }
+
+    #[test]
+    fn answers_without_the_nonce_are_nobodys() {
+        let all = [BEGIN_A, END_A, BEGIN_B, END_B, DONE].concat();
+        assert_eq!(names(&format!("n=guessed; {all}")), ["no result", "no result"]);
+        assert_eq!(names(&format!("echo rubbish >> $r; {all}")), ["pass", "pass"]);
+    }
+
+    #[test]
+    fn a_child_that_never_opens_the_device_fails_all() {
+        assert_eq!(names("kill -SEGV $$"), ["crash", "crash"]);
+        let refused = r#"say "\"event\":\"refused\",\"error\":\"no\"";"#;
+        assert_eq!(names(refused), ["fail", "fail"]);
+    }
 
     fn options(filters: &[&str]) -> Options {
         Options {

@@ -1,6 +1,7 @@
 //! Developer tasks: `cargo xtask --help`.
 #![forbid(unsafe_code)]
 
+mod conformance_matrix;
 mod goldens;
 mod header;
 
@@ -19,6 +20,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Write `docs/conformance-matrix.md` from reports of `hoist conform --json-file`.
+    ConformanceMatrix(conformance_matrix::Arguments),
     /// Regenerate the golden vectors of the numerics contract (needs python3 with gguf 0.19.0 and numpy).
     Goldens(goldens::Arguments),
     /// Generate `include/hoist_plugin.h` from the Rust crate `hoist-plugin-abi`.
@@ -27,6 +30,7 @@ enum Task {
 
 fn main() -> Result<()> {
     match Arguments::parse().task {
+        Task::ConformanceMatrix(arguments) => conformance_matrix::run(&arguments),
         Task::Goldens(arguments) => goldens::run(&arguments),
         Task::Header(arguments) => header::run(&arguments),
     }

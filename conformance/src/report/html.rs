@@ -37,6 +37,9 @@ th{font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 code{font:.85em/1.4 ui-monospace,monospace;background:var(--card)}pre{font:.82rem/1.4 ui-monospace,monospace;background:var(--bg);border:1px solid var(--line);border-radius:.3rem;padding:.5rem;margin:.4rem 0 0;white-space:pre-wrap}
 details{margin:.4rem 0}summary{cursor:pointer;padding:.3rem 0}";
 
+/// Failures that are shown without a touch.
+const OPEN_FAILURES: usize = 12;
+
 /// The whole report.
 pub fn html(report: &Report) -> String {
     let mut page = String::new();
@@ -142,7 +145,11 @@ fn failures(page: &mut String, report: &Report) {
     for problem in others {
         let _ = writeln!(page, "<div class=\"card\"><p>{}</p></div>", escape(problem));
     }
-    for case in failed {
+    let more = failed.len().saturating_sub(OPEN_FAILURES);
+    for (i, case) in failed.into_iter().enumerate() {
+        if i == OPEN_FAILURES {
+            let _ = writeln!(page, "<details><summary>{more} more failures</summary>");
+        }
         let _ = write!(
             page,
             "<div class=\"card\"><h3>{}</h3><p><b>{}</b>{}</p>",
@@ -164,6 +171,9 @@ fn failures(page: &mut String, report: &Report) {
             }
         );
         let _ = writeln!(page, "<pre>{}</pre></div>", escape(&case.replay));
+    }
+    if more > 0 {
+        page.push_str("</details>\n");
     }
 }
 

@@ -11,6 +11,7 @@ use hoist_backend::BackendInfo;
 use serde::{Deserialize, Serialize};
 
 use crate::context::Measurement;
+use crate::mutation::{Rule as Mutated, holds};
 use crate::profile::Rule;
 use crate::runner::Options;
 use crate::{Outcome, PluginFacts, SUITE_VERSION, expectation, suites};
@@ -158,7 +159,7 @@ impl Report {
                 problems.push(problem);
             }
         }
-        if !cases.iter().any(|c| c.outcome.was_executed()) {
+        if !cases.iter().any(|c| c.outcome.was_executed()) && holds(Mutated::NothingExecutedFails) {
             problems.push(format!(
                 "nothing was executed: all {} selected cases are unsupported or skipped",
                 cases.len()
@@ -298,14 +299,17 @@ fn problem(profile: &str, case: &CaseReport) -> Option<String> {
             case.id
         )),
         (Outcome::Fail { .. }, Rule::Report) => None,
+        (_, Rule::Report) if !holds(Mutated::CrashOfReportedFails) => None,
         (wrong, _) if wrong.is_failure() => {
             Some(format!("{}: {}: {}", wrong.name(), case.id, wrong.detail()))
         }
-        (Outcome::Unsupported { reason }, Rule::Must) => Some(format!(
-            "lost capability: {} must pass for `{profile}`, and the backend declares: {reason}",
-            case.id
-        )),
-        (Outcome::Skip { reason }, Rule::Must) => Some(format!(
+        (Outcome::Unsupported { reason }, Rule::Must) if holds(Mutated::LostCapabilityFails) => {
+            Some(format!(
+                "lost capability: {} must pass for `{profile}`, and the backend declares: {reason}",
+                case.id
+            ))
+        }
+        (Outcome::Skip { reason }, Rule::Must) if holds(Mutated::SkippedMustFails) => Some(format!(
             "not asked: {} must pass for `{profile}`, and was skipped: {reason}",
             case.id
         )),

@@ -261,12 +261,12 @@ impl LoadWatch for StopAfter {
     }
 }
 
-/// A model large enough that a load asks several times.
+/// A model of many weights, so that a load asks several times.
 fn large_model(cx: &mut Context<'_>) -> Result<Model, Stop> {
     let info = cx.info();
     let encoding = info.stored.iter().next().unwrap_or(Encoding::F32);
     let cols = encoding.block_weights() * 16;
-    let rows = (1u64 << 19) / encoding.row_bytes(cols)?;
+    let rows = ((1u64 << 16) / encoding.row_bytes(cols)?).max(1);
     let mut weights = Vec::new();
     for place in 0..12 {
         weights.push(matrix(

@@ -19,7 +19,11 @@ pub fn cases() -> Vec<Case> {
         case("output", "nothing_is_printed", nothing_is_printed),
         case("process", "floating_point_mode", float_mode),
         // A process of its own: what another case has changed would be what this one finds.
-        case("surroundings", "signals_folder_and_environment", process_is_unchanged),
+        case(
+            "surroundings",
+            "signals_folder_and_environment",
+            process_is_unchanged,
+        ),
         case("leavings", "threads", threads_are_joined),
         case("leavings", "descriptors", descriptors_are_closed),
         case("library", "exported_names", exported_names).needs(Need::Plugin),
