@@ -1,7 +1,10 @@
 //! A loaded library: its table of functions, checked, and the one way to call it.
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::mem::offset_of;
+use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -61,11 +64,13 @@ impl Loaded {
             path: path.clone(),
             reason,
         };
-        // The very file that was hashed, whatever stands at its path by now.
-        let by_descriptor = format!(
-            "/proc/self/fd/{}",
-            std::os::fd::AsRawFd::as_raw_fd(&candidate.file)
-        );
+        let identity = candidate
+            .file
+            .metadata()
+            .map(|m| (m.dev(), m.ino()))
+            .map_err(|e| refuse(e.to_string()))?;
+        check_never_another(identity, &candidate.sha256).map_err(refuse)?;
+        let by_descriptor = unique_path(candidate.file.as_raw_fd(), &candidate.sha256);
         let library = {
             let _mode = FloatMode::save();
             // SAFETY: runs the constructors of a library that the policy admitted and the probe survived; what they do
@@ -73,6 +78,7 @@ impl Loaded {
             unsafe { Library::open(Some(&by_descriptor), RTLD_NOW | RTLD_LOCAL) }
                 .map_err(|e| refuse(describe(&e, &by_descriptor, path)))?
         };
+        remember(identity, &candidate.sha256);
         candidate.check_unchanged()?;
         // SAFETY: the header, whose rules this library declares to follow, says that this name is an `OpenV1`.
         let entry = unsafe { library.get::<abi::OpenV1>(OPEN_SYMBOL.as_bytes()) }
@@ -203,6 +209,39 @@ fn with_native(text: String, record: &ErrorRecord) -> String {
     }
 }
 
+/// A path to the very file that was hashed, whatever stands at its own path by now, that names no other file for as long as
+/// the process lives. The dynamic linker takes a path that it has seen for the library it loaded then, and numbers of
+/// descriptors come again; so the hash is in the path, in slashes: the system takes `.//` for `./`, and the linker does not.
+fn unique_path(descriptor: RawFd, sha256: &str) -> String {
+    let hash = sha256
+        .bytes()
+        .take(32)
+        .flat_map(|digit| (0..4).map(move |bit| if digit >> bit & 1 == 1 { ".//" } else { "./" }));
+    let mut path = String::from("/proc/self/fd/");
+    path.extend(hash);
+    path.push_str(&descriptor.to_string());
+    path
+}
+
+/// Files whose libraries are in this process, by device and inode: mapped for ever, so that no inode comes again.
+static MAPPED: Mutex<BTreeMap<(u64, u64), String>> = Mutex::new(BTreeMap::new());
+
+/// Refuses a file that was overwritten since this process loaded it: the linker would hand out the old library.
+fn check_never_another(identity: (u64, u64), sha256: &str) -> std::result::Result<(), String> {
+    let mapped = MAPPED.lock().unwrap_or_else(PoisonError::into_inner);
+    match mapped.get(&identity) {
+        Some(first) if first != sha256 => Err(format!(
+            "this process has loaded an earlier content of the same file, with SHA-256 {first}; start it again"
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn remember(identity: (u64, u64), sha256: &str) {
+    let mut mapped = MAPPED.lock().unwrap_or_else(PoisonError::into_inner);
+    mapped.insert(identity, sha256.to_owned());
+}
+
 fn describe(error: &libloading::Error, by_descriptor: &str, path: &Path) -> String {
     let reason = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
     reason.replace(by_descriptor, &path.display().to_string())
@@ -305,5 +344,35 @@ unsafe extern "C" fn log(_context: *mut c_void, level: u32, message: *const u8, 
         abi::LOG_WARN => tracing::warn!(target: "hoist_plugin", "{message}"),
         abi::LOG_INFO => tracing::info!(target: "hoist_plugin", "{message}"),
         _ => tracing::debug!(target: "hoist_plugin", "{message}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_by_descriptor_is_the_files_and_differs_for_other_bytes() {
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        let (a, b) = ("0".repeat(64), format!("1{}", "0".repeat(63)));
+        let paths = [
+            unique_path(file.as_raw_fd(), &a),
+            unique_path(file.as_raw_fd(), &b),
+        ];
+        assert_ne!(paths[0], paths[1]);
+        let own = file.metadata().unwrap();
+        for path in paths {
+            let found = std::fs::metadata(path).unwrap();
+            assert_eq!((found.dev(), found.ino()), (own.dev(), own.ino()));
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_overwritten_is_not_taken_for_what_it_was() {
+        let identity = (u64::MAX, u64::MAX);
+        assert_eq!(check_never_another(identity, "a"), Ok(()));
+        remember(identity, "a");
+        assert_eq!(check_never_another(identity, "a"), Ok(()));
+        assert!(check_never_another(identity, "b").is_err());
     }
 }

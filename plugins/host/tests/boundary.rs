@@ -5,11 +5,13 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hoist_backend::{
-    Chunk, Encoding, Error, FloatLayout, LoadPlan, MemoryByClass, OpenOptions, Provider, Role, Shape,
-    ValueChange, WeightBackend, WeightClass, WeightId, WeightPlan,
+    Chunk, Encoding, Error, FloatLayout, LoadPlan, LoadWatch, Mapping, MemoryByClass, OpenOptions, Progress,
+    Provider, Role, Shape, SourceFile, ValueChange, WeightBackend, WeightClass, WeightId, WeightPlan,
+    WeightSource,
 };
 use hoist_plugin_host::{Candidate, Isolation, PluginProvider, Probe, open, open_isolated, serve};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -36,13 +38,15 @@ fn run() -> ExitCode {
         .is_ok_and(|o| o.status.success());
     assert!(there || std::env::var_os("CI").is_none(), "no C compiler in CI");
     let folder = tempfile::tempdir().unwrap();
-    let (minimal, recording) = (
+    let (minimal, recording, waiting) = (
         folder.path().join("libc_minimal.so"),
         folder.path().join("librecording.so"),
+        folder.path().join("libwaiting.so"),
     );
     if there {
         compile("c-minimal/minimal.c", &minimal, &[]);
         compile("faulty/faulty.c", &recording, &["-DRECORD"]);
+        compile(WAITING, &waiting, &[]);
     }
     let trial = |name: &'static str, library: &PathBuf, test: fn(&Path)| {
         let library = library.clone();
@@ -61,6 +65,8 @@ fn run() -> ExitCode {
         trial("calls_out_of_order_change_nothing", &minimal, out_of_order),
         trial("chunks_that_do_not_fit_change_nothing", &minimal, chunks),
         trial("a_budget_is_kept", &minimal, budget),
+        trial("a_load_that_asks_nothing_is_cancelled", &waiting, cancelled),
+        trial("stats_are_notes_of_the_receipt_or_an_error", &waiting, stats),
         trial("the_backend_in_c_is_clean_under_sanitizers", &minimal, sanitizers),
     ];
     // Counting threads and descriptors of the process needs it for itself.
@@ -70,6 +76,9 @@ fn run() -> ExitCode {
     };
     libtest_mimic::run(&arguments, trials).exit_code()
 }
+
+/// The backend with optional functions, from the folder of examples.
+const WAITING: &str = "../host/tests/waiting.c";
 
 fn examples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -373,6 +382,90 @@ fn chunks(library: &Path) {
     assert!(backend.read_back(WeightId(0), 4, &mut out).is_err());
     assert!(backend.read_back(WeightId(0), 0, &mut out[..3]).is_err());
     assert!(backend.read_back(WeightId(9), 0, &mut out).is_err());
+}
+
+/// Zeros, and a wish to stop after a while.
+struct Impatient(Instant);
+
+impl WeightSource for Impatient {
+    fn read_at(&self, _: WeightId, _: u64, out: &mut [u8]) -> hoist_backend::Result<()> {
+        out.fill(0);
+        Ok(())
+    }
+
+    fn files(&self) -> &[SourceFile] {
+        &[]
+    }
+
+    fn share(&self, _: u32) -> Option<Arc<dyn Mapping>> {
+        None
+    }
+
+    fn check_unchanged(&self) -> hoist_backend::Result<()> {
+        Ok(())
+    }
+}
+
+impl LoadWatch for Impatient {
+    fn progress(&self, _: Progress) {}
+
+    fn cancelled(&self) -> bool {
+        self.0.elapsed() > Duration::from_millis(100)
+    }
+}
+
+fn cancelled(library: &Path) {
+    let provider = in_process(library);
+    let mut backend = provider.open(0, &OpenOptions::default()).unwrap();
+    let plan = plan(&[64]);
+    backend.begin_load(&plan).unwrap();
+    let impatient = Impatient(Instant::now());
+    let result = backend.load_from(&plan, &impatient, &impatient);
+    assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
+    assert!(impatient.0.elapsed() < Duration::from_secs(8), "it was told");
+    backend.abort_load().unwrap();
+    load_and_read(backend.as_mut(), &[64]);
+    // In a process of its own it is pushed its bytes, and the host stops by itself.
+    let provider = isolated(library);
+    let mut backend = provider.open(0, &OpenOptions::default()).unwrap();
+    backend.begin_load(&plan).unwrap();
+    let impatient = Impatient(Instant::now() - Duration::from_secs(1));
+    let result = backend.load_from(&plan, &impatient, &impatient);
+    assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
+}
+
+fn stats(library: &Path) {
+    for (define, rule) in [
+        ("", ""),
+        ("-DSTATS_BAD", "no flat JSON object of strings"),
+        ("-DSTATS_HUGE", "1099511627776 bytes"),
+    ] {
+        let library = library.with_file_name(format!("libstats{define}.so"));
+        compile(
+            WAITING,
+            &library,
+            if define.is_empty() {
+                &[]
+            } else {
+                std::slice::from_ref(&define)
+            },
+        );
+        for provider in [in_process(&library), isolated(&library)] {
+            let mut backend = provider.open(0, &OpenOptions::default()).unwrap();
+            backend.begin_load(&plan(&[16])).unwrap();
+            backend.upload_gamma(chunk(0, 0, &bytes(64))).unwrap();
+            let receipt = backend.finish_load();
+            if rule.is_empty() {
+                let notes = receipt.unwrap().notes;
+                assert_eq!(notes, [("path".to_owned(), "x".repeat(3000 - 11))]);
+                continue;
+            }
+            let error = receipt.unwrap_err().to_string();
+            assert!(error.contains("`stats`") && error.contains(rule), "{error}");
+            // Nothing is left behind: the next load begins.
+            backend.begin_load(&plan(&[16])).unwrap();
+        }
+    }
 }
 
 fn budget(library: &Path) {
