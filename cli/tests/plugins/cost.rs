@@ -167,6 +167,15 @@ fn a_decode_step_through_the_interface_costs_at_most_a_microsecond_more() {
     panic!("in nanoseconds: {seen:?}");
 }
 
+/// Processes that wanted to run, on average: over 1, 5 and 15 minutes.
+fn load_average() -> Value {
+    let text = std::fs::read_to_string("/proc/loadavg").expect("Linux");
+    text.split(' ')
+        .take(3)
+        .map(|n| json!(n.parse::<f64>().ok()))
+        .collect()
+}
+
 fn numbers(times: &[Duration]) -> Value {
     let us = |d: Duration| d.as_nanos() as f64 / 1e3;
     json!({
@@ -183,6 +192,7 @@ fn numbers(times: &[Duration]) -> Value {
 fn report_costs() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = smallest(folder.path());
+    let before = load_average();
     let providers: [(&str, Box<dyn Provider>); 3] = [
         ("built_in", Box::new(CpuProvider)),
         ("plugin", Box::new(in_process())),
@@ -240,6 +250,8 @@ fn report_costs() {
         .collect();
     let report = json!({
         "schema": "hoist.evidence.plugin-cost/1",
+        "processors": std::thread::available_parallelism().map_or(0, usize::from),
+        "load_average": { "before": before, "after": load_average() },
         "smallest": small,
         "real": {
             "model": model.file_name().map(|f| f.to_string_lossy()), "canonical_bytes": nbytes, "threads": 1,
