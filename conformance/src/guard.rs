@@ -364,8 +364,9 @@ mod tests {
                 let at = buffer.as_ptr();
                 match misuse {
                     "read past the end" => {
+                        let past = at.wrapping_add(3);
                         // SAFETY: none; this is the misuse that must end the process.
-                        let byte = unsafe { at.add(3).read_volatile() };
+                        let byte = unsafe { past.read_volatile() };
                         assert_ne!(byte, 1, "not reached");
                     }
                     "write" => {

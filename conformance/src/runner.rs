@@ -548,7 +548,7 @@ impl Answers {
             let line: Vec<u8> = self.rest.drain(..=end).collect();
             match serde_json::from_slice::<Line>(&line) {
                 Ok(line) if line.nonce == self.nonce || !holds(Mutated::NonceIsChecked) => {
-                    events.push(line.event)
+                    events.push(line.event);
                 }
                 Ok(_) | Err(_) => {}
             }

@@ -27,7 +27,7 @@ pub fn cases() -> Vec<Case> {
         case("leavings", "threads", threads_are_joined),
         case("leavings", "descriptors", descriptors_are_closed),
         case("library", "exported_names", exported_names).needs(Need::Plugin),
-        case("decode", "nothing_is_printed", |cx| decode_quietly(cx)).needs(Need::Decode),
+        case("decode", "nothing_is_printed", decode_quietly).needs(Need::Decode),
     ]
 }
 

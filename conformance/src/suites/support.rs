@@ -250,7 +250,7 @@ impl Small {
         let wrong = expected
             .iter()
             .zip(found)
-            .position(|(e, f)| !((f64::from(*e) - f64::from(*f)).abs() <= bound));
+            .position(|(e, f)| !f.is_finite() || (f64::from(*e) - f64::from(*f)).abs() > bound);
         match wrong {
             None if expected.len() == found.len() => Ok(()),
             None => Err(Failure::new(what, "", expected.len(), found.len())),
