@@ -1,5 +1,9 @@
 //! Plugins as a user meets them: what loads, what is refused and how, and that the program outlives what they do.
-#![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on has failed"
+)]
 
 mod cost;
 mod faults;
@@ -14,21 +18,23 @@ use serde_json::Value;
 use crate::support::{built, cargo_built, compile, hoist, load, root};
 
 #[test]
-fn a_backend_in_c_loads_and_verifies() {
-    let Some(built) = built() else { return };
-    let plugin = built.path("libc_minimal.so");
-    for isolate in [&[][..], &["--isolate"]] {
-        let backend = format!("plugin:{}", plugin.display());
-        let mut arguments = vec!["load", "--verify", "--json", "--backend", &backend];
-        arguments.extend(isolate);
-        let output = hoist("", &arguments);
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(0), "{said}");
-        let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-        assert_eq!(report["workspace"], Value::Null, "it only holds weights");
-        assert_eq!(report["verified"]["mismatches"], 0);
-        let output = hoist("", &["generate", "-p", "a", "-n", "1", "--backend", &backend]);
-        assert_eq!(output.status.code(), Some(4), "it cannot decode");
+fn the_least_backends_in_c_and_rust_load_and_verify() {
+    let rust = cargo_built("hoist-plugin-rust-minimal");
+    let c = built().map(|built| built.path("libc_minimal.so"));
+    for plugin in c.iter().chain([&rust]) {
+        for isolate in [&[][..], &["--isolate"]] {
+            let backend = format!("plugin:{}", plugin.display());
+            let mut arguments = vec!["load", "--verify", "--json", "--backend", &backend];
+            arguments.extend(isolate);
+            let output = hoist("", &arguments);
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(0), "{said}");
+            let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+            assert_eq!(report["workspace"], Value::Null, "it only holds weights");
+            assert_eq!(report["verified"]["mismatches"], 0);
+            let output = hoist("", &["generate", "-p", "a", "-n", "1", "--backend", &backend]);
+            assert_eq!(output.status.code(), Some(4), "it cannot decode");
+        }
     }
 }
 
