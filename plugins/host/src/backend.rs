@@ -284,6 +284,14 @@ impl PluginBackend {
                     nbytes,
                 }
             }
+            // What only the plugin could see to be wrong: the host checks chunks, ranges and batches before it calls.
+            Status::INVALID_ARGUMENT if ["build_index", "workspace_create", "prepare"].contains(&call) => {
+                Error::invalid(
+                    format!("what `{call}` of {} was given", self.info.name),
+                    "arguments that fit what is resident",
+                    failure.explain(),
+                )
+            }
             _ => Error::internal(&self.info.name, explained),
         }
     }
