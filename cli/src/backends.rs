@@ -14,6 +14,7 @@ pub(crate) fn all() -> Vec<Box<dyn Provider>> {
     vec![
         Box::new(hoist_cpu::CpuProvider),
         Box::new(hoist_cuda::CudaProvider),
+        Box::new(hoist_wgpu::WgpuProvider),
     ]
 }
 
