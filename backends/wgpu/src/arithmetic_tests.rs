@@ -1,6 +1,8 @@
 //! The integer f32 arithmetic of the kernels on a device, against the processor's.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+use std::io::Write;
+
 use hoist_backend::Error;
 use wgpu::BufferUsages;
 
@@ -43,7 +45,8 @@ pub(crate) fn gpu() -> Option<Gpu> {
                 std::env::var_os("CI").is_none_or(|v| v.is_empty() || v == "false"),
                 "no adapter: {reason}"
             );
-            eprintln!("SKIPPED: no adapter: {reason}");
+            // Past the capture of output, so that it is seen.
+            let _ = writeln!(std::io::stderr(), "SKIPPED: no adapter: {reason}");
             None
         }
         Err(other) => panic!("{other}"),

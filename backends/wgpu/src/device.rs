@@ -332,3 +332,44 @@ impl Gpu {
         *lock(&self.failures) = Some(Failure::Lost("as a test asked".into()));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arithmetic_tests::gpu;
+
+    #[test]
+    fn a_lost_device_stays_lost_and_is_named() {
+        let Some(gpu) = gpu() else { return };
+        assert!(gpu.check("nothing", 0).is_ok());
+        gpu.lose();
+        for _ in 0..2 {
+            let error = gpu.buffer("anything", 64, BufferUsages::COPY_DST).map(|_| ());
+            match error {
+                Err(Error::DeviceLost { device, reason }) => {
+                    assert_eq!(device, gpu.id);
+                    assert!(!reason.is_empty());
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_mistake_of_ours_is_an_internal_error_once() {
+        let Some(gpu) = gpu() else { return };
+        // No buffer can be mapped for reading and used as storage.
+        let usage = BufferUsages::MAP_READ | BufferUsages::STORAGE;
+        let error = gpu.buffer("a mistake", 64, usage).map(|_| ());
+        assert!(matches!(error, Err(Error::Internal { .. })), "{error:?}");
+        assert!(gpu.check("nothing", 0).is_ok());
+    }
+
+    #[test]
+    fn an_allocation_beyond_the_device_is_refused() {
+        let Some(gpu) = gpu() else { return };
+        let error = gpu.buffer("too much", u64::MAX / 4, BufferUsages::STORAGE).map(|_| ());
+        assert!(error.is_err(), "{error:?}");
+        assert!(gpu.check("nothing", 0).is_ok());
+    }
+}
