@@ -16,6 +16,8 @@ constexpr u32 SLOT = 4640;
 /// that read neighbouring segments use different banks.
 constexpr u32 CODES = 272, META = 80;
 constexpr u32 SPLIT = 256;
+/// Bytes for stored values in shared memory: whole positions, in two halves that take turns.
+constexpr u32 VALUES = 32768;
 /// Splits that the consumer of attention merges by itself; more are merged by a phase of their own.
 constexpr u32 MERGED_SPLITS = 8;
 
@@ -70,7 +72,7 @@ struct StepParams {
     u32 *arrived, *fault;
     float2 *sums;
     float *partial;
-    /// When each phase began, by the first block; null unless profiled.
+    /// Clock of the first block's multiprocessor at four points of each phase, then nanoseconds at the start and the end.
     u64 *times;
     u32 count, splits, slots, row_limit, segment_limit, pad;
 };
@@ -84,7 +86,10 @@ struct Shared {
     float *scratch;
     i64 *sums;
     i16 *exponents;
-    u8 *codes, *meta, *ring;
+    u8 *codes, *meta;
+    /// Stored values of attention, on their way.
+    u16 *values;
+    u8 *ring;
 };
 
 /// As `shared_bytes` in src/decode/persistent.rs counts it.
@@ -99,6 +104,7 @@ DEVICE Shared lay_out(u8 *base, const StepParams &p) {
     s.exponents = (i16 *)base, base += (p.row_limit * 2 + 15) & ~15u;
     s.codes = base, base += p.segment_limit * CODES;
     s.meta = base, base += p.segment_limit * META;
+    s.values = (u16 *)base, base += VALUES;
     base = (u8 *)(((u64)base + 127) & ~127ull);
     s.ring = base;
     return s;
@@ -117,16 +123,16 @@ DEVICE void barrier_expect(u64 *barrier, u32 bytes) {
                  : "memory");
 }
 DEVICE void barrier_wait(u64 *barrier, u32 parity) {
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra over;\n"
-                 "bra again;\n"
-                 "over:\n"
-                 "}" ::"r"(shared_address(barrier)),
-                 "r"(parity)
-                 : "memory");
+    u32 done = 0;
+    while (!done)
+        asm volatile("{\n"
+                     ".reg .pred done;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, done;\n"
+                     "}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
 }
 
 /// Copies to shared memory; weights are read once a token, so they must not push anything else out of the cache.
@@ -139,8 +145,17 @@ DEVICE void bulk_copy(u8 *to, const u8 *from, u32 bytes, u64 *barrier) {
                  : "memory");
 }
 
-/// Waits for all consumer warps of this block.
-DEVICE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
+/// Copies a word to shared memory; `words_arrived` waits for this thread's.
+DEVICE void copy_word(u32 *to, const u32 *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+DEVICE void words_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/// Waits for all consumer warps of this block. Lanes that a branch has parted come together first: the barrier counts warps.
+DEVICE void meet() {
+    __syncwarp();
+    asm volatile("barrier.cta.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+}
 
 /// Waits for the consumers of all blocks, the `number`th time (from 1).
 DEVICE void meet_grid(u32 *arrived, u32 number) {
@@ -532,8 +547,22 @@ DEVICE float result_of(const StepParams &p, const Shared &s, const StepMatrix &m
     return matrix.bias ? add(y, matrix.bias[row]) : y;
 }
 
+/// Points of a phase that are timed: its start, the input is ready, everything is multiplied, its results are written.
+enum Point : u32 { START = 0, INPUT = 1, MULTIPLIED = 2, WRITTEN = 3 };
+
+DEVICE void stamp(const StepParams &p, u32 phase, u32 point) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.times[phase * 4 + point] = clock64();
+}
+
+/// E_w of this block's `i`th row of a phase; `first` are the rows before each matrix.
+DEVICE i16 exponent_at(const ProductPhase &product, const u32 first[4], u32 i) {
+    u32 m = i < first[1] ? 0 : i < first[2] ? 1 : 2;
+    const StepMatrix &matrix = product.matrix[m];
+    return __ldg(matrix.exponents + rows_of(matrix.rows).first + i - (m == 0 ? 0 : m == 1 ? first[1] : first[2]));
+}
+
 DEVICE void run_product(const StepParams &p, const Shared &s, const ProductPhase &product, const AttentionPhase &attention,
-                        u32 position, u32 &begin, Place &place) {
+                        u32 position, u32 phase, u32 &begin, Place &place) {
     u32 t = threadIdx.x;
     Range rows[3];
     u32 first[4] = {0, 0, 0, 0};
@@ -542,16 +571,20 @@ DEVICE void run_product(const StepParams &p, const Shared &s, const ProductPhase
         rows[m] = rows_of(m < product.matrices ? product.matrix[m].rows : 0);
         first[m + 1] = first[m] + rows[m].count;
         if (m < product.matrices)
-            for (u32 i = t; i < rows[m].count; i += CONSUMERS) {
-                s.sums[first[m] + i] = 0;
-                s.exponents[first[m] + i] = product.matrix[m].exponents[rows[m].first + i];
-            }
+            for (u32 i = t; i < rows[m].count; i += CONSUMERS) s.sums[first[m] + i] = 0;
     }
+    // A block has few rows but for the logits: their exponents arrive while the input is prepared.
+    u32 total = first[3];
+    i16 exponent = t < total ? exponent_at(product, first, t) : 0;
     int ea = prepare_input(p, s, product, attention, position);
+    if (t < total) s.exponents[t] = exponent;
+    for (u32 i = t + CONSUMERS; i < total; i += CONSUMERS) s.exponents[i] = exponent_at(product, first, i);
     meet();
+    stamp(p, phase, INPUT);
 #pragma unroll 1
     for (u32 m = 0; m < product.matrices; m++) multiply(p, s, product, product.matrix[m], begin, first[m], ea, place);
     meet();
+    stamp(p, phase, MULTIPLIED);
     if (product.epilogue >= SILU) {
         // Both matrices have the same rows, so this block has both results.
         for (u32 i = t; i < rows[0].count; i += CONSUMERS) {
@@ -588,6 +621,17 @@ DEVICE float turned(const float *x, u32 element, const float *table, u32 n_rot, 
     return second ? fma(x0, sn, mul(x1, c)) : fma(x0, c, -mul(x1, sn));
 }
 
+/// Starts to copy the `chunk`th run of `room` stored values, 16 bytes at a time. Every thread ends a group of copies, if an
+/// empty one.
+DEVICE void copy_values(const Shared &s, const u16 *values, u32 padded, u32 from, u32 stored, u32 room, u32 chunk) {
+    u32 begin = min(from + chunk * room, stored), end = min(begin + room, stored);
+    u16 *to = s.values + (chunk & 1) * (VALUES / 4);
+    const u16 *v = values + (size_t)begin * padded;
+    for (u32 i = threadIdx.x * 8; i < (end - begin) * padded; i += CONSUMERS * 8)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i)), "l"(v + i) : "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
 DEVICE void run_attention(const StepParams &p, const Shared &s, const AttentionPhase &a, u32 sequence, u32 position) {
     u32 t = threadIdx.x, hd = a.head_dim;
     u32 first = first_visible(a.window, position), first_split = first / SPLIT, last_split = position / SPLIT;
@@ -601,7 +645,12 @@ DEVICE void run_attention(const StepParams &p, const Shared &s, const AttentionP
         u16 *keys = a.cache + ((size_t)sequence * a.kv_heads + kv_head) * 2 * a.padded * a.positions;
         u16 *values = keys + (size_t)a.padded * a.positions;
         bool newest = split == last_split;
+        u32 from = max(first, base) - base, stored = newest ? position - base : SPLIT;
+        // Whole positions of a half of the room.
+        u32 room = VALUES / 4 / a.padded, chunks = stored > from ? (stored - from + room - 1) / room : 0;
         meet();
+        copy_values(s, values + (size_t)base * a.padded, a.padded, from, stored, room, 0);
+        copy_values(s, values + (size_t)base * a.padded, a.padded, from, stored, room, 1);
         for (u32 i = t; i < 4 * hd; i += CONSUMERS) {
             u32 what = i / hd, element = i % hd;
             if (what < PAIR) {
@@ -673,27 +722,27 @@ DEVICE void run_attention(const StepParams &p, const Shared &s, const AttentionP
             for (int h = 16; h > 0; h >>= 1) l = add(l, shuffle_xor(l, h));
             if ((t & 31) == 0) p.sums[(size_t)(head + (t >> 5)) * p.splits + split] = make_float2(t >> 5 ? m1 : m0, l);
         }
-        u32 from = max(first, base) - base, end = min(position + 1, base + SPLIT) - base;
-        // The newest value is in shared memory.
-        u32 stored = newest ? end - 1 : end;
-        for (u32 i = t; i < n * hd; i += CONSUMERS) {
-            u32 h = i / hd, element = i % hd;
-            const float *weights = w + h * SPLIT;
-            const u16 *v = values + (size_t)base * a.padded + element;
-            float o = 0.0f;
-            u32 x = from;
-            for (; x + 32 <= stored; x += 32) {
-                u16 held[32];
-#pragma unroll
-                for (int j = 0; j < 32; j++) held[j] = v[(size_t)(x + j) * a.padded];
-#pragma unroll
-                for (int j = 0; j < 32; j++) o = fma(weights[x + j], f32_of_f16(held[j]), o);
+        float o = 0.0f;
+        u32 h = t / hd, element = t % hd;
+        const float *weights = w + (h < n ? h : 0) * SPLIT;
+        for (u32 chunk = 0; chunk < chunks; chunk++) {
+            u32 begin = from + chunk * room, stop = min(begin + room, stored);
+            // Two groups of copies are under way; the older one is needed.
+            asm volatile("cp.async.wait_group 1;" ::: "memory");
+            meet();
+            const u16 *v = s.values + (chunk & 1) * (VALUES / 4) + element;
+            if (h < n) {
+#pragma unroll 8
+                for (u32 x = begin; x < stop; x++, v += a.padded) o = fma(weights[x], f32_of_f16(*v), o);
             }
-#pragma unroll 4
-            for (; x < stored; x++) o = fma(weights[x], f32_of_f16(v[(size_t)x * a.padded]), o);
-            if (newest) o = fma(weights[end - 1], value[element], o);
+            meet();
+            copy_values(s, values + (size_t)base * a.padded, a.padded, from, stored, room, chunk + 2);
+        }
+        if (h < n) {
+            if (newest) o = fma(weights[stored], value[element], o);
             p.partial[((size_t)(head + h) * p.splits + split) * hd + element] = o;
         }
+        words_arrived();
     }
 }
 
@@ -717,12 +766,12 @@ DEVICE u64 nanoseconds() {
     return now;
 }
 
-/// Copies the descriptor of a phase to shared memory: 54 words by one warp.
+/// Copies the descriptor of a phase to shared memory, 54 words by one warp, without waiting for them.
 DEVICE void fetch(const StepParams &p, const Shared &s, u32 phase) {
     if (phase >= p.count) return;
     const u32 *from = (const u32 *)(p.phases + phase);
     u32 *to = (u32 *)((u8 *)s.phases + (phase & 1) * 224);
-    for (u32 i = threadIdx.x & 31; i < sizeof(Phase) / 4; i += 32) to[i] = __ldg(from + i);
+    for (u32 i = threadIdx.x & 31; i < sizeof(Phase) / 4; i += 32) copy_word(to + i, from + i);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __grid_constant__ StepParams p) {
@@ -732,7 +781,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         for (u32 i = 0; i < p.slots; i++) barrier_init(s.full + i, 1), barrier_init(s.empty + i, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (threadIdx.x >> 5 == 1) fetch(p, s, 0);
+    if (threadIdx.x >> 5 == 1) fetch(p, s, 0), words_arrived();
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
         if (threadIdx.x == CONSUMERS) produce(p, s);
@@ -741,12 +790,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     u32 warp = threadIdx.x >> 5;
     Place place = {warp, warp, 0};
     while (place.slot >= p.slots) place.slot -= p.slots, place.parity ^= 1;
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.times[p.count * 4] = nanoseconds();
     u32 begin = 0, meetings = 0;
     u32 sequence = p.row->sequence, position = p.row->position;
     /// The last attention, which the product after it may have to merge.
     __shared__ AttentionPhase kept;
     for (u32 i = 0; i < p.count; i++) {
-        if (p.times && blockIdx.x == 0 && threadIdx.x == 0) p.times[i] = nanoseconds();
+        stamp(p, i, START);
         // The next descriptor arrives while this phase runs; the phase before last is done with its place.
         if (warp == WARPS - 1) fetch(p, s, i + 1);
         const Phase &phase = *(const Phase *)((u8 *)s.phases + (i & 1) * 224);
@@ -759,11 +809,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
                 run_merge(p, phase.attention, position);
             }
         } else {
-            run_product(p, s, phase.product, kept, position, begin, place);
+            run_product(p, s, phase.product, kept, position, i, begin, place);
         }
+        stamp(p, i, WRITTEN);
+        words_arrived();
         if (i + 1 < p.count) meet_grid(p.arrived, ++meetings);
     }
-    if (p.times && blockIdx.x == 0 && threadIdx.x == 0) p.times[p.count] = nanoseconds();
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.times[p.count * 4 + 1] = nanoseconds();
     // The last block to get here leaves the counter as it was found. No block waits any more.
     if (threadIdx.x == 0) {
         u32 all = (meetings + 1) * gridDim.x;

@@ -164,12 +164,8 @@ macro_rules! arguments {
 pub(crate) use arguments;
 
 impl Function {
-    /// The driver's handle.
-    pub(crate) fn raw(&self) -> sys::CUfunction {
-        self.raw
-    }
-
     /// Lets the kernel use that many bytes of dynamic shared memory.
+    #[cfg(feature = "persistent-step")]
     pub(crate) fn allow_shared(&self, bytes: u32) -> Result<()> {
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let value =
@@ -178,6 +174,7 @@ impl Function {
         call!(self.context.id(), cuFuncSetAttribute(self.raw, attribute, value))
     }
 
+    #[cfg(feature = "persistent-step")]
     /// Blocks of that many threads and bytes of dynamic shared memory that one multiprocessor holds at a time.
     pub(crate) fn blocks_per_multiprocessor(&self, threads: u32, shared: u32) -> Result<u32> {
         let mut blocks = 0;

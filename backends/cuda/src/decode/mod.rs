@@ -6,7 +6,7 @@
 //! | `kernels` | which kernel serves which encoding |
 //! | `params` | what kernels take |
 //! | `steps` | each operation as launches |
-//! | `persistent` | a whole token of a llama-like program as one launch |
+//! | `persistent` | a whole token of a llama-like program as one launch; only with the feature `persistent-step` |
 //! | `graph` | a step recorded once |
 //!
 //! Every operation runs for any number of tokens. A batch of one token that wants something is recorded as a graph when a
@@ -16,6 +16,7 @@
 mod graph;
 mod kernels;
 mod params;
+#[cfg(feature = "persistent-step")]
 mod persistent;
 mod steps;
 mod workspace;
@@ -29,6 +30,7 @@ use hoist_backend::{
 
 use self::graph::Graph;
 use self::params::Row;
+#[cfg(feature = "persistent-step")]
 use self::persistent::Persistent;
 use self::steps::Prepared;
 use self::workspace::Workspace;
@@ -125,6 +127,7 @@ impl Engine {
             at += bytes.len() as u64;
         }
         self.stream.synchronize()?;
+        #[cfg(feature = "persistent-step")]
         let persistent = Persistent::new(
             &self.context,
             modules,
@@ -136,14 +139,15 @@ impl Engine {
         )?;
         self.graph = Some(Graph::record(&self.stream, || {
             self.upload_rows(1)?;
+            #[cfg(feature = "persistent-step")]
             if let Some(persistent) = &persistent {
                 prepared.launch(&self.stream, &self.workspace, 0..persistent.before, 1, None)?;
                 persistent.launch(&self.stream)?;
                 prepared.arg_max(&self.stream, &self.workspace, 1)?;
-            } else {
-                self.body(&prepared, 1, None)?;
-                self.tail(&prepared, 1)?;
+                return self.download(1);
             }
+            self.body(&prepared, 1, None)?;
+            self.tail(&prepared, 1)?;
             self.download(1)
         })?);
         self.program = Some(prepared);

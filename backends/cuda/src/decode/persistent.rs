@@ -22,6 +22,8 @@ const THREADS: u32 = CONSUMERS + 32;
 const SLOT: u32 = 4640;
 const CODES: u32 = 272;
 const META: u32 = 80;
+/// Room for stored values on their way.
+const VALUES: u32 = 32_768;
 /// The ring must hold a piece for every consumer warp.
 const LEAST_SLOTS: u32 = 16;
 /// Phases of a layer, and of the logits.
@@ -138,11 +140,13 @@ const _: () = {
 pub(super) fn control_bytes(dims: &WorkspaceDims) -> Option<u64> {
     let phases = phase_limit(dims)?;
     phases
-        .checked_mul(PHASE_BYTES as u64 + 8)?
-        .checked_add(COUNTER_BYTES + 8)
+        .checked_mul(PHASE_BYTES as u64 + 8 * POINTS)?
+        .checked_add(COUNTER_BYTES + 16)
 }
 
 const COUNTER_BYTES: u64 = 256;
+/// Points of a phase whose clock is kept.
+const POINTS: u64 = 4;
 
 fn phase_limit(dims: &WorkspaceDims) -> Option<u64> {
     (dims.kv.len() as u64).checked_mul(LAYER_PHASES)?.checked_add(1)
@@ -365,8 +369,7 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             padded,
             positions,
         } = self.work.cache[layer];
-        if cached as usize != head_dim || !head_dim.is_multiple_of(8) || 4 * head_dim > 4 * CONSUMERS as usize
-        {
+        if cached as usize != head_dim || !head_dim.is_multiple_of(8) || 2 * head_dim > CONSUMERS as usize {
             return None;
         }
         self.phases.push(Phase::Attention(Attention {
@@ -495,7 +498,7 @@ impl Persistent {
         let segment_limit = matcher.segments.max(matcher.attention_bytes.div_ceil(CODES));
         let row_limit = matcher.rows.next_multiple_of(8);
         // Everything but the ring and its barriers, as the kernel lays it out; 128 for its alignment.
-        let fixed = 2 * 224 + 320 * 4 + row_limit * 10 + segment_limit * (CODES + META) + 128 + 32;
+        let fixed = 2 * 224 + 320 * 4 + row_limit * 10 + segment_limit * (CODES + META) + VALUES + 128 + 32;
         // The kernel's own static shared memory counts too.
         let shared = context.device.shared_memory_optin.saturating_sub(256);
         let slots = shared.saturating_sub(fixed) / (SLOT + 16);
@@ -529,7 +532,7 @@ impl Persistent {
                 fault: work.fault,
                 sums: work.sums,
                 partial: work.partial,
-                times: 0,
+                times: at + descriptors.len() as u64,
                 count: matcher.phases.len() as u32,
                 splits: work.dims.capacity.max_context.div_ceil(SPLIT),
                 slots,
