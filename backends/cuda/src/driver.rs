@@ -36,7 +36,6 @@ pub(crate) const SYMBOLS: &[&str] = &[
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventElapsedTime_v2",
-    "cuEventQuery",
     "cuEventRecord",
     "cuEventSynchronize",
     "cuFuncGetAttribute",
@@ -57,7 +56,6 @@ pub(crate) const SYMBOLS: &[&str] = &[
     "cuMemHostAlloc",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",
-    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD32Async",
@@ -72,7 +70,6 @@ pub(crate) const SYMBOLS: &[&str] = &[
     "cuStreamEndCapture",
     "cuStreamQuery",
     "cuStreamSynchronize",
-    "cuStreamWaitEvent",
 ];
 
 /// A driver call that failed.
@@ -124,11 +121,24 @@ impl DriverError {
             return Error::OutOfMemory {
                 device: device.into(),
                 what: self.call.into(),
-                needed: 0,
-                available: 0,
+                needed: DRIVER_PIECE_BYTES,
+                available: free_bytes(),
             };
         }
         Error::internal(crate::NAME, self)
+    }
+}
+
+/// Memory that the driver takes at a time for its own objects, such as streams; only for messages.
+const DRIVER_PIECE_BYTES: u64 = 2 << 20;
+
+/// Free bytes of the device whose context is current; 0 if none is.
+fn free_bytes() -> u64 {
+    let (mut free, mut total) = (0usize, 0usize);
+    // SAFETY: both out pointers are valid.
+    match unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) } {
+        CUresult::CUDA_SUCCESS => free as u64,
+        _ => 0,
     }
 }
 
@@ -259,8 +269,6 @@ pub(crate) fn device_count() -> Result<u32> {
 /// A device's handle and what does not change.
 #[derive(Clone, Debug)]
 pub(crate) struct Device {
-    /// Number to open it by.
-    pub(crate) ordinal: u32,
     /// Id such as `cuda:0`.
     pub(crate) id: String,
     /// Product name.
@@ -272,9 +280,8 @@ pub(crate) struct Device {
     /// Multiprocessors.
     pub(crate) multiprocessors: u32,
     /// Most bytes of shared memory that a block can opt in to.
+    #[cfg(feature = "persistent-step")]
     pub(crate) shared_memory_optin: u32,
-    /// Bytes of the second-level cache.
-    pub(crate) l2_bytes: u32,
     /// PCI address, such as `0000:3b:00.0`.
     pub(crate) pci: String,
     raw: sys::CUdevice,
@@ -318,15 +325,14 @@ impl Device {
         );
         let count = |a| -> Result<u32> { Ok(u32::try_from(attribute(a)?).unwrap_or(0)) };
         Ok(Self {
-            ordinal,
             name: text(&name),
             total_memory: total as u64,
             capability,
             multiprocessors: count(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            #[cfg(feature = "persistent-step")]
             shared_memory_optin: count(
                 CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )?,
-            l2_bytes: count(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
             pci: text(&pci),
             raw,
             id,
@@ -476,12 +482,6 @@ impl Stream {
         &self.context
     }
 
-    /// Makes what follows on this stream wait for an event.
-    pub(crate) fn wait(&self, event: &Event) -> Result<()> {
-        // SAFETY: both handles are held.
-        call!(self.context.id(), cuStreamWaitEvent(self.raw, event.raw, 0))
-    }
-
     /// Waits on the host for everything on this stream.
     pub(crate) fn synchronize(&self) -> Result<()> {
         // SAFETY: the handle is held.
@@ -518,18 +518,6 @@ impl Stream {
         call!(
             self.context.id(),
             cuMemcpyDtoHAsync_v2(to, from, bytes.len(), self.raw)
-        )
-    }
-
-    /// Copies on the device.
-    ///
-    /// # Safety
-    /// Both ranges must be device memory and must not overlap, and nothing else may write to either meanwhile.
-    pub(crate) unsafe fn copy_dtod(&self, to: u64, from: u64, nbytes: usize) -> Result<()> {
-        // SAFETY: the caller upholds both ranges.
-        call!(
-            self.context.id(),
-            cuMemcpyDtoDAsync_v2(to, from, nbytes, self.raw)
         )
     }
 
@@ -598,17 +586,6 @@ impl Event {
     pub(crate) fn synchronize(&self) -> Result<()> {
         // SAFETY: the handle is held.
         call!(self.context.id(), cuEventSynchronize(self.raw))
-    }
-
-    /// Whether the stream has passed it.
-    pub(crate) fn is_done(&self) -> Result<bool> {
-        // SAFETY: the handle is held.
-        match unsafe { sys::cuEventQuery(self.raw) } {
-            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            code => check("cuEventQuery", code)
-                .map(|()| true)
-                .map_err(|e| e.on(self.context.id())),
-        }
     }
 
     /// Milliseconds since `start`; both must be timed and passed.

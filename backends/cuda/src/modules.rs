@@ -174,8 +174,8 @@ impl Function {
         call!(self.context.id(), cuFuncSetAttribute(self.raw, attribute, value))
     }
 
-    #[cfg(feature = "persistent-step")]
     /// Blocks of that many threads and bytes of dynamic shared memory that one multiprocessor holds at a time.
+    #[cfg(feature = "persistent-step")]
     pub(crate) fn blocks_per_multiprocessor(&self, threads: u32, shared: u32) -> Result<u32> {
         let mut blocks = 0;
         // SAFETY: the out pointer is valid and the handle is held.
