@@ -24,8 +24,10 @@ const CODES: u32 = 272;
 const META: u32 = 80;
 /// Room for stored values on their way.
 const VALUES: u32 = 32_768;
-/// The ring must hold a piece for every consumer warp.
-const LEAST_SLOTS: u32 = 16;
+/// Consumer warps. The ring holds a multiple of as many slots, so that every use of a slot is the same warp's: a barrier's
+/// parity tells only whether the fill before or the one at hand is complete, and fills complete in any order, so that a
+/// warp which comes to another's slot could take the fill before last for its own.
+const WARPS: u32 = CONSUMERS / 32;
 /// Phases of a layer, and of the logits.
 const LAYER_PHASES: u64 = 5;
 
@@ -501,8 +503,8 @@ impl Persistent {
         let fixed = 2 * 224 + 320 * 4 + row_limit * 10 + segment_limit * (CODES + META) + VALUES + 128 + 32;
         // The kernel's own static shared memory counts too.
         let shared = context.device.shared_memory_optin.saturating_sub(256);
-        let slots = shared.saturating_sub(fixed) / (SLOT + 16);
-        if slots < LEAST_SLOTS {
+        let slots = shared.saturating_sub(fixed) / (SLOT + 16) / WARPS * WARPS;
+        if slots == 0 {
             return Ok(None);
         }
         let function = modules.function("step", "decode_step")?;
