@@ -124,29 +124,10 @@ def main():
 
     report = {"schema": "hoist.compare.load/1", "models": {}, "loaders": {}, "bench": {}}
     names = ["hoist"] + [p for p in a.peers.split(",") if p]
-    samples = {n: [] for n in names}
-    for i in range(a.samples):
-        for name in names:
-            if name == "hoist":
-                one = hoist_sample(a.hoist, large)
-            else:
-                loader = name.removesuffix("_buffered")
-                env = {**PEERS[name][1], "NO_DIGEST": "1" if i else "0"}
-                one, _ = json_of([sys.executable, a.peer_load, loader, str(large / "model.safetensors")], env)
-                if "error" not in one:
-                    one["gb_s"] = one["bytes"] / one["t_load"] / 1e9
-            samples[name].append(one)
-    print(f"{'SafeTensors, 7 GB, page cache warm':40} {'median':>8} {'min':>8} {'max':>8}  GB/s from a ready context")
-    for name in names:
-        good = [s["gb_s"] for s in samples[name] if "gb_s" in s]
-        title = PEERS[name][0] if name in PEERS else "hoist"
-        report["loaders"][name] = {"title": title, "gb_s": spread(good) if good else None, "samples": samples[name]}
-        if good:
-            s = spread(good)
-            print(f"{title:40} {s['median']:8.2f} {s['min']:8.2f} {s['max']:8.2f}")
-        else:
-            print(f"{title:40} failed: {samples[name][-1].get('error')}")
-    sys.stdout.flush()
+
+    def write():
+        pathlib.Path(a.out).write_text(json.dumps(report, indent=1) + "\n")
+
     for name, model in (("gguf", gguf), ("small", small), ("few", few)):
         runs = [hoist_sample(a.hoist, model) for _ in range(a.samples)]
         report["models"][name] = runs
@@ -164,12 +145,39 @@ def main():
     for name, model, more in [("gguf", gguf, []), ("large", large, [])] + ([] if a.skip_cold else [("gguf cold", gguf, ["--cold"])]):
         bench, _ = json_of([a.hoist, "bench", "load", str(model), "--backend", "cuda", "--runs", "5", "--json", *more])
         report["bench"][name] = bench
+        write()
         keys = ("open_ms", "load", "load_again", "digest", "digest_share_of_load", "ceilings", "share_of_ceiling",
                 "host_bytes_beyond_context", "device_bytes_beyond_weights", "still_cached_bytes", "error")
         print("bench", name, {k: bench[k] for k in keys if k in bench})
         print("   ", bench.get("notes"))
         sys.stdout.flush()
-    pathlib.Path(a.out).write_text(json.dumps(report, indent=1) + "\n")
+    samples = {n: [] for n in names}
+    for i in range(a.samples):
+        for name in names:
+            if name == "hoist":
+                one = hoist_sample(a.hoist, large)
+            else:
+                loader = name.removesuffix("_buffered")
+                env = {**PEERS[name][1], "NO_DIGEST": "1" if i else "0"}
+                one, _ = json_of([sys.executable, a.peer_load, loader, str(large / "model.safetensors")], env)
+                if "error" not in one:
+                    one["gb_s"] = one["bytes"] / one["t_load"] / 1e9
+            samples[name].append(one)
+            report["loaders"] = samples
+            write()
+    loaders = {}
+    print(f"{'SafeTensors, 7 GB, page cache warm':40} {'median':>8} {'min':>8} {'max':>8}  GB/s from a ready context")
+    for name in names:
+        good = [s["gb_s"] for s in samples[name] if "gb_s" in s]
+        title = PEERS[name][0] if name in PEERS else "hoist"
+        loaders[name] = {"title": title, "gb_s": spread(good) if good else None, "samples": samples[name]}
+        if good:
+            s = spread(good)
+            print(f"{title:40} {s['median']:8.2f} {s['min']:8.2f} {s['max']:8.2f}")
+        else:
+            print(f"{title:40} failed: {samples[name][-1].get('error')}")
+    report["loaders"] = loaders
+    write()
 
 
 if __name__ == "__main__":

@@ -115,21 +115,9 @@ static __device__ void hash_chunk(uint32_t (&cv)[8], const uint8_t *bytes, uint3
     }
 }
 
-// grid: subtrees; block: 256. `out` takes 32 bytes for each: a chaining value, or the hash of a whole input.
-extern "C" __global__ void __launch_bounds__(256) hash_subtrees(const Subtree *subtrees, uint32_t *out) {
-    __shared__ uint32_t nodes[CHUNKS][9];  // 9: no two threads of a warp on one bank
-    const Subtree s = subtrees[blockIdx.x];
-    uint32_t count = s.nbytes == 0 ? 1 : (s.nbytes + 1023) / 1024;
+// Merges `count` nodes into one, level by level. Node i of the first level is thread i's `cv` and stands in `nodes` too.
+static __device__ void reduce(uint32_t (&cv)[8], uint32_t (*nodes)[9], uint32_t count, uint32_t whole) {
     const uint32_t i = threadIdx.x;
-    uint32_t cv[8];
-    if (i < count) {
-        const uint32_t at = i * 1024;
-        const uint32_t len = min(1024u, s.nbytes - at);
-        hash_chunk(cv, reinterpret_cast<const uint8_t *>(s.ptr) + at, len, s.counter + i, s.whole && count == 1 ? ROOT : 0);
-        for (int j = 0; j < 8; j++) {
-            nodes[i][j] = cv[j];
-        }
-    }
     while (count > 1) {
         __syncthreads();
         const uint32_t pairs = count / 2;
@@ -141,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(256) hash_subtrees(const Subtree *s
                 m[8 + j] = nodes[2 * i + 1][j];
             }
             set_iv(cv);
-            compress(cv, m, 0, 64, PARENT | (s.whole && count == 2 ? ROOT : 0));
+            compress(cv, m, 0, 64, PARENT | (whole && count == 2 ? ROOT : 0));
         } else if (carried) {
             for (int j = 0; j < 8; j++) {
                 cv[j] = nodes[2 * i][j];
@@ -155,6 +143,52 @@ extern "C" __global__ void __launch_bounds__(256) hash_subtrees(const Subtree *s
         }
         count = pairs + (count & 1);
     }
+}
+
+// grid: subtrees; block: 256. `out` takes 32 bytes for each: a chaining value, or the hash of a whole input.
+extern "C" __global__ void __launch_bounds__(256) hash_subtrees(const Subtree *subtrees, uint32_t *out) {
+    __shared__ uint32_t nodes[CHUNKS][9];  // 9: no two threads of a warp on one bank
+    const Subtree s = subtrees[blockIdx.x];
+    const uint32_t count = s.nbytes == 0 ? 1 : (s.nbytes + 1023) / 1024;
+    const uint32_t i = threadIdx.x;
+    uint32_t cv[8];
+    if (i < count) {
+        const uint32_t at = i * 1024;
+        const uint32_t len = min(1024u, s.nbytes - at);
+        hash_chunk(cv, reinterpret_cast<const uint8_t *>(s.ptr) + at, len, s.counter + i, s.whole && count == 1 ? ROOT : 0);
+        for (int j = 0; j < 8; j++) {
+            nodes[i][j] = cv[j];
+        }
+    }
+    reduce(cv, nodes, count, s.whole);
+    if (i == 0) {
+        for (int j = 0; j < 8; j++) {
+            out[8 * uint64_t(blockIdx.x) + j] = cv[j];
+        }
+    }
+}
+
+// Neighbouring nodes of one tree, at most 256.
+struct Group {
+    uint32_t first;
+    uint32_t count;
+    uint32_t whole;  // they are all of the tree's, and more than one or a root already
+    uint32_t pad;
+};
+
+// grid: groups; block: 256.
+extern "C" __global__ void __launch_bounds__(256) merge_nodes(const Group *groups, const uint32_t *in, uint32_t *out) {
+    __shared__ uint32_t nodes[CHUNKS][9];
+    const Group g = groups[blockIdx.x];
+    const uint32_t i = threadIdx.x;
+    uint32_t cv[8];
+    if (i < g.count) {
+        for (int j = 0; j < 8; j++) {
+            cv[j] = in[8 * (uint64_t(g.first) + i) + j];
+            nodes[i][j] = cv[j];
+        }
+    }
+    reduce(cv, nodes, g.count, g.whole);
     if (i == 0) {
         for (int j = 0; j < 8; j++) {
             out[8 * uint64_t(blockIdx.x) + j] = cv[j];

@@ -45,6 +45,21 @@ pub(crate) struct IndexRow {
 
 const _: () = assert!(size_of::<IndexRow>() as u64 == INDEX_ENTRY_BYTES);
 
+/// Makes what a load needs beside what the caller does meanwhile; `None` if there can be no thread for it.
+fn equip(
+    context: &Arc<Context>,
+    modules: &Arc<Modules>,
+    preparation: Option<Preparation>,
+    threads: Option<u32>,
+    pin_limit: Option<usize>,
+) -> Option<JoinHandle<Result<Equipment>>> {
+    let (context, modules) = (Arc::clone(context), Arc::clone(modules));
+    std::thread::Builder::new()
+        .name("hoist-equip".into())
+        .spawn(move || Equipment::new(&context, &modules, preparation, threads, pin_limit))
+        .ok()
+}
+
 /// The CUDA backend, on one device.
 #[derive(Debug)]
 pub struct CudaBackend {
@@ -61,8 +76,10 @@ pub struct CudaBackend {
     pub(crate) device_index: Option<DeviceBuffer>,
     pub(crate) workspace_bytes: WorkspaceBytes,
     pub(crate) engine: Option<Engine>,
-    /// What the first load needs, made by a thread while headers are read.
+    /// What the next load needs, made by a thread while headers are read.
     equipment: Option<JoinHandle<Result<Equipment>>>,
+    /// Gives back what the last load needed.
+    clearing: Option<JoinHandle<()>>,
     /// Bytes past which the driver is made to refuse page locking.
     pin_limit: Option<usize>,
     hasher: Hasher,
@@ -99,14 +116,7 @@ impl CudaBackend {
         let context = Context::open(ordinal)?;
         let modules = Arc::new(Modules::new(&context));
         let stream = Stream::new(&context)?;
-        let equipment = {
-            let (context, modules, threads) = (Arc::clone(&context), Arc::clone(&modules), options.threads);
-            // Without a thread it is made when it is needed.
-            std::thread::Builder::new()
-                .name("hoist-equip".into())
-                .spawn(move || Equipment::new(&context, &modules, Some(preparation), threads, None))
-                .ok()
-        };
+        let equipment = equip(&context, &modules, Some(preparation), options.threads, None);
         let (hasher, mover) = (Hasher::new(&modules)?, Mover::new(&modules)?);
         let mut backend = Self {
             info: BackendInfo {
@@ -139,6 +149,7 @@ impl CudaBackend {
             workspace_bytes: WorkspaceBytes::default(),
             engine: None,
             equipment,
+            clearing: None,
             pin_limit: None,
             hasher,
             mover,
@@ -148,6 +159,21 @@ impl CudaBackend {
         };
         backend.info.memory = backend.memory()?;
         Ok(backend)
+    }
+
+    /// What a load needs: what was made ahead, or is made now.
+    fn equipment(&mut self) -> Result<Equipment> {
+        match self.equipment.take().map(JoinHandle::join) {
+            Some(Ok(Ok(equipment))) => Ok(equipment),
+            // There was no thread, or what went wrong then goes wrong again and says so.
+            _ => Equipment::new(
+                &self.context,
+                &self.modules,
+                None,
+                self.options.threads,
+                self.pin_limit,
+            ),
+        }
     }
 
     /// The weights, once all have arrived.
@@ -226,7 +252,7 @@ impl CudaBackend {
             // SAFETY: the pieces' sources are within the part, and their destinations within the weight.
             unsafe {
                 self.mover
-                    .launch(&self.stream, &pieces, table_at, scratch.ptr())?
+                    .launch(&self.stream, &pieces, table_at, scratch.ptr())?;
             };
             self.stream.synchronize()?;
         }
@@ -242,6 +268,10 @@ impl CudaBackend {
     }
 
     fn clear(&mut self) {
+        if let Some(clearing) = self.clearing.take() {
+            // A panic there has been printed, and left nothing to do here.
+            let _ = clearing.join();
+        }
         // Its program speaks of the weights' addresses.
         self.engine = None;
         self.workspace_bytes = WorkspaceBytes::default();
@@ -282,6 +312,15 @@ impl WeightBackend for CudaBackend {
         let residency = Residency::new(&self.context, plan, |needed| {
             self.admit("the arena of weights", needed)
         })?;
+        if self.equipment.is_none() {
+            self.equipment = equip(
+                &self.context,
+                &self.modules,
+                None,
+                self.options.threads,
+                self.pin_limit,
+            );
+        }
         self.residency = Some(residency);
         self.ledger = Some(UploadLedger::new(plan));
         self.lifecycle.enter(State::Loading);
@@ -303,39 +342,46 @@ impl WeightBackend for CudaBackend {
     fn load_from(&mut self, plan: &LoadPlan, source: &dyn WeightSource, watch: &dyn LoadWatch) -> Result<()> {
         self.lifecycle.expect("load_from", State::Loading)?;
         self.context.bind()?;
-        let (Some(residency), Some(ledger)) = (&self.residency, &self.ledger) else {
+        let Some(residency) = &self.residency else {
             return Err(Error::internal(crate::NAME, "a load without weights"));
         };
         residency.check_is(plan)?;
-        // The books are replaced only when everything has arrived.
-        let mut complete = ledger.clone();
-        for weight in &plan.weights {
-            complete.record(weight.id, 0, weight.nbytes, &[weight.class])?;
-        }
-        let ready = self.equipment.take().filter(|_| self.pin_limit.is_none());
-        let equipment = match ready.map(JoinHandle::join) {
-            Some(Ok(Ok(equipment))) => equipment,
-            // Made anew: a later load, or one that had no thread, or what went wrong then goes wrong again and says so.
-            _ => Equipment::new(
-                &self.context,
-                &self.modules,
-                None,
-                self.options.threads,
-                self.pin_limit,
-            )?,
+        let Some(mut books) = self.ledger.take() else {
+            return Err(Error::internal(crate::NAME, "a load without weights"));
         };
-        self.notes = load::run(
-            &self.context,
-            &self.modules,
-            equipment,
-            residency,
-            plan,
-            source,
-            watch,
-        )?;
-        self.ledger = Some(complete);
-        self.finished = true;
-        Ok(())
+        let loaded = plan
+            .weights
+            .iter()
+            .try_for_each(|w| books.record(w.id, 0, w.nbytes, &[w.class]))
+            .and_then(|()| self.equipment())
+            .and_then(|equipment| {
+                let Some(residency) = &self.residency else {
+                    return Err(Error::internal(crate::NAME, "a load without weights"));
+                };
+                load::run(
+                    &self.context,
+                    &self.modules,
+                    equipment,
+                    residency,
+                    plan,
+                    source,
+                    watch,
+                )
+            });
+        match loaded {
+            Ok((notes, remains)) => {
+                self.notes = notes;
+                self.clearing = remains.give_back();
+                self.ledger = Some(books);
+                self.finished = true;
+                Ok(())
+            }
+            Err(error) => {
+                // Nothing of it counts: what the books say has not all arrived.
+                self.ledger = Some(UploadLedger::new(plan));
+                Err(error)
+            }
+        }
     }
 
     fn finish_load(&mut self) -> Result<LoadReceipt> {
@@ -529,6 +575,8 @@ impl CudaBackend {
     /// switch.
     pub fn limit_pinned_memory(&mut self, bytes: usize) {
         self.pin_limit = Some(bytes);
+        // What was made without the limit is not used.
+        drop(self.equipment.take().map(JoinHandle::join));
     }
 
     /// Row exponents of a quantised weight, `[matrices · rows]`: `E_w` of `docs/numerics.md` §1.2. For tests.

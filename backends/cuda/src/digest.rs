@@ -1,7 +1,7 @@
 //! BLAKE3 where the bytes are.
 //!
-//! One launch hashes many weights: a block of threads reduces 256 KiB to one node of its weight's tree, and the host merges
-//! the nodes. Whoever asks for one weight's digest most often asks for the next one's after it, so that those are hashed
+//! Two launches hash many weights: a block of threads reduces 256 KiB to one node of its weight's tree, then another one
+//! 256 such nodes to one; the host merges what is left, a node for each 64 MiB. Whoever asks for one weight's digest most often asks for the next one's after it, so that those are hashed
 //! along; each result is given once, and hashed anew when it is asked for again.
 
 use std::collections::HashMap;
@@ -14,7 +14,7 @@ use crate::driver::{Context, DeviceBuffer, Stream};
 use crate::layout::Mover;
 use crate::modules::{Function, Launch, Modules, arguments};
 use crate::residency::{Residency, Resident};
-use crate::tables::{CHUNK_BYTES, SUBTREE_BYTES, Subtree};
+use crate::tables::{CHUNK_BYTES, GROUP_NODES, Group, SUBTREE_BYTES, Subtree};
 
 /// Bytes that are hashed along with a weight that was asked for.
 const AHEAD_BYTES: u64 = 2 << 30;
@@ -29,6 +29,7 @@ type Digest = [u8; 32];
 #[derive(Debug)]
 pub(crate) struct Hasher {
     hash_subtrees: Function,
+    merge_nodes: Function,
     /// Digests that nobody has asked for yet.
     ahead: HashMap<WeightId, Digest>,
 }
@@ -68,6 +69,7 @@ impl Hasher {
     pub(crate) fn new(modules: &Modules) -> Result<Self> {
         Ok(Self {
             hash_subtrees: modules.function("blake3", "hash_subtrees")?,
+            merge_nodes: modules.function("blake3", "merge_nodes")?,
             ahead: HashMap::new(),
         })
     }
@@ -96,7 +98,7 @@ impl Hasher {
         // This one, and those after it that lie as they are hashed.
         let mut bytes = 0;
         let mut batch: Vec<(WeightId, usize)> = Vec::new();
-        let mut table = Vec::new();
+        let (mut table, mut grouped) = (Vec::new(), Vec::new());
         for (i, weight) in residency.weights.iter().enumerate().skip(id.index()) {
             if i > id.index() && (bytes + weight.nbytes > AHEAD_BYTES || weight.layout != FloatLayout::OutIn)
             {
@@ -105,9 +107,12 @@ impl Hasher {
             bytes += weight.nbytes;
             let before = table.len();
             table.extend(subtrees(weight.ptr, 0, weight.nbytes, weight.nbytes));
-            batch.push((WeightId(i as u32), table.len() - before));
+            let count = table.len() - before;
+            let first = grouped.len();
+            grouped.extend(groups(before, count, true));
+            batch.push((WeightId(i as u32), grouped.len() - first));
         }
-        let nodes = self.nodes(context, stream, &table)?;
+        let nodes = self.nodes(context, stream, &table, &grouped)?;
         let mut nodes = nodes.into_iter();
         for (weight, count) in batch {
             let level: Vec<_> = nodes.by_ref().take(count).collect();
@@ -138,33 +143,68 @@ impl Hasher {
             let len = SCRATCH_BYTES.min(weight.nbytes - offset);
             let at = mover.canonical(stream, weight, offset, len, &scratch)?;
             let table: Vec<_> = subtrees(at, offset, len, weight.nbytes).collect();
-            level.extend(self.nodes(context, stream, &table)?);
+            let whole = weight.nbytes <= SCRATCH_BYTES;
+            let grouped: Vec<_> = groups(0, table.len(), whole).collect();
+            level.extend(self.nodes(context, stream, &table, &grouped)?);
             offset += len;
         }
         root(level)
     }
 
-    /// The top nodes of subtrees.
-    fn nodes(&self, context: &Arc<Context>, stream: &Stream, table: &[Subtree]) -> Result<Vec<Digest>> {
-        let bytes: &[u8] = bytemuck::cast_slice(table);
-        let input = DeviceBuffer::new(context, "a table for digests", bytes.len() as u64)?;
-        let output = DeviceBuffer::new(context, "digests", table.len() as u64 * 32)?;
-        let blocks = u32::try_from(table.len())
-            .map_err(|_| Error::internal(crate::NAME, "more than 2^32 parts to hash"))?;
-        let mut nodes = vec![[0u8; 32]; table.len()];
-        let (from, to) = (input.ptr(), output.ptr());
+    /// The nodes that groups of subtrees make.
+    fn nodes(
+        &self,
+        context: &Arc<Context>,
+        stream: &Stream,
+        table: &[Subtree],
+        grouped: &[Group],
+    ) -> Result<Vec<Digest>> {
+        let (subtrees, groups): (&[u8], &[u8]) = (bytemuck::cast_slice(table), bytemuck::cast_slice(grouped));
+        let sizes = [subtrees.len(), groups.len(), table.len() * 32, grouped.len() * 32];
+        let total: usize = sizes.iter().map(|n| n.next_multiple_of(256)).sum();
+        let buffer = DeviceBuffer::new(context, "tables for digests", total as u64)?;
+        let mut at = buffer.ptr();
+        let [from, between, low, high] = sizes.map(|n| {
+            let here = at;
+            at += n.next_multiple_of(256) as u64;
+            here
+        });
+        let too_many = |_| Error::internal(crate::NAME, "more than 2^32 parts to hash");
+        let blocks = u32::try_from(table.len()).map_err(too_many)?;
+        let merges = u32::try_from(grouped.len()).map_err(too_many)?;
+        let mut nodes = vec![[0u8; 32]; grouped.len()];
         // SAFETY: pageable memory, and the buffer is new.
-        unsafe { stream.copy_htod(from, bytes)? };
+        unsafe { stream.copy_htod(from, subtrees)? };
+        // SAFETY: as above.
+        unsafe { stream.copy_htod(between, groups)? };
         // SAFETY: the kernel takes these two addresses, tables as long as its grid; the subtrees are resident.
         unsafe {
             self.hash_subtrees
-                .launch(stream, Launch::linear(blocks, 256), &mut arguments![from, to])?
-        };
+                .launch(stream, Launch::linear(blocks, 256), &mut arguments![from, low])?;
+        }
+        // SAFETY: the kernel takes these three addresses; groups name nodes of the table before.
+        unsafe {
+            self.merge_nodes.launch(
+                stream,
+                Launch::linear(merges, 256),
+                &mut arguments![between, low, high],
+            )?;
+        }
         // SAFETY: the vector outlives the synchronisation that follows.
-        unsafe { stream.copy_dtoh(nodes.as_flattened_mut(), to)? };
+        unsafe { stream.copy_dtoh(nodes.as_flattened_mut(), high)? };
         stream.synchronize()?;
         Ok(nodes)
     }
+}
+
+/// Groups of `count` nodes from `first` on; `all`: they are the whole tree's.
+fn groups(first: usize, count: usize, all: bool) -> impl Iterator<Item = Group> {
+    (0..count.div_ceil(GROUP_NODES)).map(move |i| Group {
+        first: (first + i * GROUP_NODES) as u32,
+        count: GROUP_NODES.min(count - i * GROUP_NODES) as u32,
+        whole: u32::from(all && count <= GROUP_NODES),
+        pad: 0,
+    })
 }
 
 fn root(level: Vec<Digest>) -> Result<Digest> {
@@ -183,7 +223,7 @@ mod tests {
     #[test]
     fn subtrees_of_the_host_merge_to_the_hash_of_the_whole() {
         let bytes: Vec<u8> = (0..5 * SUBTREE_BYTES as usize + 777)
-            .map(|i| (i * 31 >> 3) as u8)
+            .map(|i| ((i * 31) >> 3) as u8)
             .collect();
         for len in [
             SUBTREE_BYTES as usize + 1,
@@ -204,6 +244,19 @@ mod tests {
                 .collect();
             assert_eq!(root(level).unwrap(), *blake3::hash(input).as_bytes(), "{len}");
         }
+    }
+
+    #[test]
+    fn groups_cover_every_node_once_and_only_a_whole_tree_has_a_root() {
+        let found: Vec<_> = groups(5, 600, true)
+            .map(|g| (g.first, g.count, g.whole))
+            .collect();
+        assert_eq!(found, [(5, 256, 0), (261, 256, 0), (517, 88, 0)]);
+        let whole = |count, all| groups(0, count, all).map(|g| g.whole).collect::<Vec<_>>();
+        assert_eq!(
+            (whole(256, true), whole(256, false), whole(1, true)),
+            (vec![1], vec![0], vec![1])
+        );
     }
 
     #[test]

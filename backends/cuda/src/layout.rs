@@ -193,11 +193,11 @@ pub(crate) struct Finisher {
     ranges: Vec<Range<u32>>,
 }
 
-/// The tables of a [`Finisher`]: weights in their own order; items, and each rank's range of them, in that of `order`.
-pub(crate) fn finish_tables(
-    residency: &[Resident],
-    order: &[u32],
-) -> Result<(Vec<Weight>, Vec<Item>, Vec<Range<u32>>)> {
+/// Weights in their own order; items, and each rank's range of them, in the order of arrival.
+type FinishTables = (Vec<Weight>, Vec<Item>, Vec<Range<u32>>);
+
+/// The tables of a [`Finisher`], for weights that arrive about in `order`.
+fn finish_tables(residency: &[Resident], order: &[u32]) -> Result<FinishTables> {
     let too_many = || Error::internal(crate::NAME, "more than 2^32 parts to finish");
     let mut weights = Vec::with_capacity(residency.len());
     for w in residency {

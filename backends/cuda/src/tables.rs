@@ -122,6 +122,20 @@ pub(crate) struct Subtree {
     pub(crate) whole: u32,
 }
 
+/// Nodes that one block of threads merges.
+pub(crate) const GROUP_NODES: usize = 256;
+
+/// Neighbouring nodes of one BLAKE3 tree, at most [`GROUP_NODES`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Group {
+    pub(crate) first: u32,
+    pub(crate) count: u32,
+    /// 1 if they are all of the tree's.
+    pub(crate) whole: u32,
+    pub(crate) pad: u32,
+}
+
 /// Where an encoding's exponents are: `enum Scales` in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -195,6 +209,7 @@ mod tests {
         assert_eq!(size_of::<Weight>(), 80);
         assert_eq!(size_of::<Item>(), 8);
         assert_eq!(size_of::<Subtree>(), 24);
+        assert_eq!(size_of::<Group>(), 16);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use hoist_cuda::{CudaBackend, CudaProvider};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 type Outcome = Result<(), Failed>;
+type Test = (&'static str, fn() -> Outcome);
 
 fn main() {
     let mut arguments = Arguments::from_args();
@@ -25,7 +26,7 @@ fn main() {
     if let Some(error) = &missing {
         eprintln!("no CUDA device, so that every test here is ignored: {error}");
     }
-    let tests: &[(&str, fn() -> Outcome)] = &[
+    let tests: &[Test] = &[
         ("every_encoding_and_view_reads_back_as_defined", everything),
         ("pushed_uploads_are_the_same_in_any_order", pushed),
         ("a_nan_is_found_where_it_is", not_finite),
@@ -560,8 +561,10 @@ fn taken_midway() -> Outcome {
     // Another user of the device takes all that is left, to the last pieces.
     let mut others = Vec::new();
     let mut nbytes = free(&backend);
-    while nbytes >= 1 << 20 {
-        let mut other = cuda();
+    while nbytes >= 16 << 20 {
+        let Ok(mut other) = CudaBackend::open(0, &OpenOptions::default()) else {
+            break;
+        };
         let mut b = Builder::new(1);
         b.plan(
             Encoding::F32,

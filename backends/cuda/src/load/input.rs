@@ -167,11 +167,11 @@ pub(crate) fn open_direct(file: &File) -> Option<File> {
     rustix::fs::open(path, flags, Mode::empty()).ok().map(File::from)
 }
 
-/// Whether the page cache holds at least three quarters of a run; `true` if the system does not tell.
+/// Whether the page cache holds at least half of a run; `true` if the system does not tell.
 pub(crate) fn is_cached(file: &File, start: u64, end: u64) -> bool {
     let first = start / PAGE * PAGE;
     let pages = (end - first).div_ceil(PAGE);
-    cached_pages(file, first, pages).is_none_or(|cached| 4 * cached >= 3 * pages)
+    cached_pages(file, first, pages).is_none_or(|cached| 2 * cached >= pages)
 }
 
 /// Bytes of a file's first `len` that the page cache holds, in whole pages; `None` if the system does not tell.
@@ -306,7 +306,7 @@ mod tests {
     }
 
     fn temporary(len: usize) -> (tempfile::NamedTempFile, Vec<u8>) {
-        let bytes: Vec<u8> = (0..len).map(|i| (i * 7 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..len).map(|i| ((i * 7) >> 3) as u8).collect();
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&bytes).unwrap();
         file.as_file().sync_all().unwrap();

@@ -1,8 +1,8 @@
 //! Pulls a plan onto the device: reader threads fill slots of a small pinned ring, and each copies its own on.
 //!
 //! ```text
-//! file ──pread──▶ slot (two a thread) ──one stream a thread──▶ arena          (large runs)
-//!                                     └─▶ staging ──kernel──▶ arena          (small tensors, changed values)
+//! file ──pread──▶ slot (two a thread) ──its stream──▶ arena                   (large runs)
+//!                                     └─▶ staging     ──kernel──▶ arena          (small tensors, changed values)
 //! weights that are whole ──second stream──▶ row exponents, checks
 //! ```
 //!
@@ -27,7 +27,7 @@ use hoist_backend::{
 
 use self::input::{Input, Path};
 pub(crate) use self::input::{cached_bytes, open_direct};
-use self::ring::Ring;
+use self::ring::{Ring, SLOTS};
 use self::schedule::{Chunk, How, MAX_PIECES, PAGE, STAGED_BYTES, Schedule, TABLE_BYTES};
 use crate::driver::{Context, DeviceBuffer, Event, Stream};
 use crate::layout::{Finisher, Mover, transposing_pieces};
@@ -60,11 +60,11 @@ pub(crate) struct Equipment {
     took: Duration,
 }
 
-/// A thread's own stream, and an event for each of its two slots.
+/// A thread's own stream, and an event for each of its slots.
 #[derive(Debug)]
 struct Lane {
     stream: Stream,
-    events: [Event; 2],
+    events: [Event; SLOTS],
 }
 
 /// Reader threads where the caller names none.
@@ -125,18 +125,6 @@ impl Equipment {
         // Code is given to the driver now rather than in the middle of the load.
         Mover::new(modules)?;
         modules.function("residency", "finish_weights")?;
-        // Readers lock their own lanes when they come to it; this is ahead of those that have not. Last, since the
-        // driver does one thing at a time.
-        let (early, its_context) = (Arc::clone(&ring), Arc::clone(context));
-        let _ = std::thread::Builder::new()
-            .name("hoist-pin".into())
-            .spawn(move || {
-                if its_context.bind().is_ok() {
-                    (0..early.lanes()).for_each(|lane| {
-                        early.lock(&its_context, lane);
-                    });
-                }
-            });
         Ok(Self {
             ring,
             lanes,
@@ -144,6 +132,21 @@ impl Equipment {
             took: started.elapsed(),
         })
     }
+}
+
+/// Locks the lanes of a ring by a thread, ahead of the readers that have not come to lock their own.
+fn lock_ahead(ring: &Arc<Ring>, context: &Arc<Context>) {
+    let (ring, context) = (Arc::clone(ring), Arc::clone(context));
+    // Without a thread each reader locks its lane.
+    let _ = std::thread::Builder::new()
+        .name("hoist-lock".into())
+        .spawn(move || {
+            if context.bind().is_ok() {
+                (0..ring.lanes()).for_each(|lane| {
+                    ring.lock(&context, lane);
+                });
+            }
+        });
 }
 
 /// What the threads of a load share; it borrows nothing.
@@ -181,6 +184,12 @@ impl Shared {
         self.stop.store(true, Ordering::Relaxed);
         let mut first = self.error.lock().unwrap_or_else(|e| e.into_inner());
         first.get_or_insert(error);
+    }
+
+    /// Why the load failed.
+    fn take_error(&self) -> Error {
+        let error = self.error.lock().unwrap_or_else(|e| e.into_inner()).take();
+        error.unwrap_or_else(|| Error::internal(crate::NAME, "a load that failed without a reason"))
     }
 
     fn stopped(&self) -> bool {
@@ -251,9 +260,9 @@ impl Shared {
     fn read_chunks(&self, lane: &Lane, number: usize, sender: &Sender<Message>) -> Result<()> {
         self.context.bind()?;
         // The chunk whose copy each slot holds.
-        let mut held: [Option<usize>; 2] = [None, None];
+        let mut held: [Option<usize>; SLOTS] = [None; SLOTS];
         for turn in 0.. {
-            let side = turn % 2;
+            let side = turn % SLOTS;
             if let Some(before) = held[side].take() {
                 lane.events[side].synchronize()?;
                 self.arrive(&self.chunks[before].arrivals, sender);
@@ -484,7 +493,7 @@ pub(crate) fn run(
     plan: &LoadPlan,
     source: &dyn WeightSource,
     watch: &dyn LoadWatch,
-) -> Result<Notes> {
+) -> Result<(Notes, Remains)> {
     let started = Instant::now();
     let Equipment {
         ring,
@@ -524,7 +533,6 @@ pub(crate) fn run(
     } else {
         None
     };
-    let finisher = Finisher::new(context, modules, &finishing, residency, &order)?;
     let counts = (chunks.len() - staged, staged, through_source.len());
     let direct_possible = inputs.iter().flatten().any(Input::is_direct);
     let readers = lanes.len() - 1;
@@ -555,6 +563,19 @@ pub(crate) fn run(
         in_hand: (0..=lanes.len()).map(|_| AtomicUsize::new(0)).collect(),
     });
     let (sender, receiver) = channel();
+    // Only now: locking takes milliseconds, the driver does one thing at a time, and allocations would wait for it.
+    lock_ahead(&shared.ring, context);
+    let threads = start_readers(&shared, lanes, &sender);
+    // While they read: the driver is busy locking their lanes.
+    let finisher = match Finisher::new(context, modules, &finishing, residency, &order) {
+        Ok(finisher) => finisher,
+        Err(error) => {
+            shared.fail(error);
+            join(threads, &shared)?;
+            context.synchronize()?;
+            return Err(shared.take_error());
+        }
+    };
     let mut load = Load {
         shared: Arc::clone(&shared),
         plan,
@@ -568,7 +589,6 @@ pub(crate) fn run(
         last: (Instant::now(), 0),
         longest_pause: Duration::ZERO,
     };
-    let threads = start_readers(&shared, lanes, &sender);
     let outcome = if threads.is_empty() && !shared.chunks.is_empty() {
         // A system without threads: this one does it all.
         let read = shared.read_chunks(&own, own_number, &sender);
@@ -583,11 +603,10 @@ pub(crate) fn run(
         shared.fail(error);
     }
     join(threads, &shared)?;
-    let first_error = shared.error.lock().unwrap_or_else(|e| e.into_inner()).take();
-    if let Some(error) = first_error {
+    if shared.stopped() {
         // What is in flight must have ended before memory is given back.
         context.synchronize()?;
-        return Err(error);
+        return Err(shared.take_error());
     }
     load.finish_waiting()?;
     if let Some(short) = shared.missing.iter().position(|m| m.load(Ordering::Acquire) != 0) {
@@ -643,7 +662,35 @@ pub(crate) fn run(
     if load.longest_pause >= PAUSE {
         notes.push(("longest pause of the source".into(), ms(load.longest_pause)));
     }
-    Ok(notes)
+    let Load { finisher, .. } = load;
+    Ok((
+        notes,
+        Remains {
+            _shared: shared,
+            _finisher: finisher,
+            _lanes: own,
+            _finishing: finishing,
+        },
+    ))
+}
+
+/// What a load leaves behind. Giving it back takes milliseconds, most of them to unlock the ring, so that it is done
+/// beside what follows.
+pub(crate) struct Remains {
+    _shared: Arc<Shared>,
+    _finisher: Finisher,
+    _lanes: Lane,
+    _finishing: Stream,
+}
+
+impl Remains {
+    /// Gives everything back, by a thread if there can be one; who joins it knows that it is done.
+    pub(crate) fn give_back(self) -> Option<JoinHandle<()>> {
+        std::thread::Builder::new()
+            .name("hoist-clear".into())
+            .spawn(move || drop(self))
+            .ok()
+    }
 }
 
 /// Takes what is already there.

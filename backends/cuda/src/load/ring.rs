@@ -17,7 +17,7 @@ use crate::driver::Context;
 /// Bytes of a slot: a chunk, up to a page before and after it, and a table of pieces.
 pub(crate) const SLOT_BYTES: usize = (PAGE + CHUNK_BYTES + PAGE + TABLE_BYTES) as usize;
 /// Slots of a lane: one is read into while the other's copy is under way.
-const SLOTS: usize = 2;
+pub(crate) const SLOTS: usize = 2;
 /// Bytes of a lane.
 const LANE_BYTES: usize = SLOTS * SLOT_BYTES;
 const HUGE_PAGE: usize = 2 << 20;
@@ -196,7 +196,8 @@ mod tests {
     fn slots_are_apart_and_writable_before_any_context() {
         let ring = Ring::new(2, None).unwrap();
         assert_eq!((ring.lanes(), ring.locked_bytes()), (2, 0));
-        for (i, (lane, side)) in [(0, 0), (0, 1), (1, 0), (1, 1)].into_iter().enumerate() {
+        let all = (0..2).flat_map(|lane| (0..SLOTS).map(move |side| (lane, side)));
+        for (i, (lane, side)) in all.enumerate() {
             // SAFETY: one slot at a time, and no copies.
             let slot = unsafe { ring.slot(lane, side) };
             assert_eq!(slot.as_ptr() as usize % SLOT_BYTES % PAGE as usize, 0);
