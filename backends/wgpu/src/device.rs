@@ -368,7 +368,9 @@ mod tests {
     #[test]
     fn an_allocation_beyond_the_device_is_refused() {
         let Some(gpu) = gpu() else { return };
-        let error = gpu.buffer("too much", u64::MAX / 4, BufferUsages::STORAGE).map(|_| ());
+        let error = gpu
+            .buffer("too much", u64::MAX / 4, BufferUsages::STORAGE)
+            .map(|_| ());
         assert!(error.is_err(), "{error:?}");
         assert!(gpu.check("nothing", 0).is_ok());
     }

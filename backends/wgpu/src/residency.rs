@@ -96,7 +96,7 @@ impl Resident {
     pub(crate) fn inspect(&self, at: u64, bytes: &[u8]) -> Result<()> {
         let prefix = self.encoding.matrix_prefix_bytes();
         if prefix == 0 {
-            if bytes.len() as u64 % self.encoding.block_bytes() != 0 {
+            if !(bytes.len() as u64).is_multiple_of(self.encoding.block_bytes()) {
                 return Ok(());
             }
             return hoist_quant::check_finite(self.encoding, bytes).map_err(|e| self.refuse(at, &e));

@@ -17,6 +17,9 @@ const SCRATCH_BYTES: u64 = 64 << 20;
 /// Bytes of logits that are read back at a time.
 const LOGITS_BYTES: u64 = 4 << 20;
 
+/// From more than so many on, values as wide as the vocabulary are taken to be logits, not queries.
+const VOCABULARY: u32 = 16_384;
+
 /// Experts that a router is sure to have scratch for.
 const EXPERTS: u64 = 4096;
 
@@ -95,8 +98,11 @@ impl Places {
         }
         let floats = || dims.values.iter().filter(|(kind, _)| *kind == ValueKind::F32);
         let head_dim = dims.kv.iter().map(|kv| kv.head_dim).filter(|d| *d > 0);
-        // Queries are no wider than the widest value, logits aside.
-        let widest = floats().map(|(_, w)| *w).filter(|w| *w != dims.vocab).max();
+        // Queries are no wider than the widest value, logits of a real vocabulary aside.
+        let widest = floats()
+            .map(|(_, w)| *w)
+            .filter(|w| *w != dims.vocab || *w <= VOCABULARY)
+            .max();
         let widest = widest.or_else(|| floats().map(|(_, w)| *w).max()).unwrap_or(0);
         let mut scratch = 0;
         if let (Some(narrow), Some(wide)) = (head_dim.clone().min(), head_dim.max()) {
