@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
 use hoist_backend::{
-    Encoding, Error, FloatLayout, KvDtype, OpName, Outputs, Result, TokenBatch, Want, WeightClass,
+    Encoding, Error, FloatLayout, KvDtype, OpName, Outputs, Result, Step, StepKind, TokenBatch, Want,
+    WeightClass, admit,
 };
 
 use crate::cache::Stored;
@@ -19,10 +20,10 @@ use crate::ops::norm::{LayerNorm, RmsNorm};
 use crate::ops::rope::Rope;
 use crate::ops::router::RouterTopK;
 use crate::pool::{Disjoint, Pool};
-use crate::program::{Compiled, Step, StepKind};
+use crate::program::Compiled;
 use crate::residency::{Residency, Resident};
 use crate::simd::Level;
-use crate::workspace::{Buffer, Row, Span, ThreadScratch, Workspace};
+use crate::workspace::{Buffer, Span, ThreadScratch, Workspace};
 
 /// Below so many elements an operation is done before other threads would have noticed.
 const WORTH_SHARING: usize = 1 << 14;
@@ -269,7 +270,7 @@ impl Machine<'_> {
             }
             StepKind::EmbedPosition { weight, out } => {
                 for row in 0..tokens {
-                    self.embed(weight, out, row, self.work.rows[row].position)?;
+                    self.embed(weight, out, row, self.work.rows[row].position as usize)?;
                 }
             }
             StepKind::RmsNorm {
@@ -324,7 +325,7 @@ impl Machine<'_> {
                     for t in range {
                         // SAFETY: one token's part each.
                         let value = unsafe { value.part(t * width, width) };
-                        let at = rows[t].position * n_rot;
+                        let at = rows[t].position as usize * n_rot;
                         level.run(Rope {
                             value,
                             head_dim,
@@ -686,9 +687,9 @@ impl Machine<'_> {
         for (t, row) in rows.iter().enumerate() {
             for head in 0..width / head_dim {
                 let at = t * width + head * head_dim;
-                let place = cache.place(layer, row.sequence, head);
+                let place = cache.place(layer, row.sequence as usize, head);
                 let (key, value) = (&keys[at..at + head_dim], &values[at..at + head_dim]);
-                all_finite &= cache.store::<E>(&place, row.position, key, value);
+                all_finite &= cache.store::<E>(&place, row.position as usize, key, value);
             }
         }
         finite(all_finite, step)
@@ -766,7 +767,7 @@ impl Machine<'_> {
                     }
                     let row = span.first + (first + i) / group;
                     let head = kv_head * group + (first + i) % group;
-                    let last = rows[row].position;
+                    let last = rows[row].position as usize;
                     let seen = window.map_or(last + 1, |w| (w as usize).min(last + 1));
                     let at = (row * heads + head) * head_dim;
                     Query {
@@ -777,7 +778,7 @@ impl Machine<'_> {
                         out: unsafe { out.part(at, head_dim) },
                     }
                 });
-                let place = cache.place(layer, rows[span.first].sequence, kv_head);
+                let place = cache.place(layer, rows[span.first].sequence as usize, kv_head);
                 level.run(Attention {
                     keys: &elements[place.keys],
                     values: &elements[place.values],
@@ -853,104 +854,6 @@ fn arg_max(x: &[f32]) -> u32 {
     x.iter().position(|x| *x == max).unwrap_or(0) as u32
 }
 
-/// Checks a batch against the contract and lists its tokens.
-fn admit(work: &mut Workspace, vocab: usize, batch: &TokenBatch<'_>, out: &Outputs<'_>) -> Result<()> {
-    let Workspace {
-        dims,
-        rows,
-        lengths,
-        seen,
-        ..
-    } = work;
-    let capacity = dims.capacity;
-    if batch.runs.is_empty() {
-        return Err(Error::invalid("runs of a batch", "at least 1", 0));
-    }
-    // Counted in u64 before anything is listed: runs may share their tokens' memory.
-    let tokens: u64 = batch
-        .runs
-        .iter()
-        .map(|r| r.tokens.len() as u64)
-        .fold(0, u64::saturating_add);
-    if tokens > u64::from(capacity.max_batch_tokens) {
-        return Err(Error::invalid(
-            "tokens of a batch",
-            format!("at most {}", capacity.max_batch_tokens),
-            tokens,
-        ));
-    }
-    seen.fill(false);
-    rows.clear();
-    for run in batch.runs {
-        let sequence = run.sequence.0 as usize;
-        let Some(seen) = seen.get_mut(sequence) else {
-            return Err(Error::invalid(
-                "sequence",
-                format!("below {}", capacity.max_sequences),
-                sequence,
-            ));
-        };
-        if std::mem::replace(seen, true) {
-            return Err(Error::invalid(
-                format!("runs of sequence {sequence}"),
-                "one",
-                "two",
-            ));
-        }
-        if run.tokens.is_empty() {
-            return Err(Error::invalid(
-                format!("tokens for sequence {sequence}"),
-                "at least 1",
-                0,
-            ));
-        }
-        if run.want.len() != run.tokens.len() {
-            return Err(Error::invalid(
-                format!("wants of sequence {sequence}"),
-                format!("one for each of {} tokens", run.tokens.len()),
-                run.want.len(),
-            ));
-        }
-        let length = lengths[sequence];
-        let adding = run.tokens.len() as u32;
-        if adding > capacity.max_context - length {
-            return Err(Error::ContextExceeded {
-                sequence: run.sequence.0,
-                length,
-                adding,
-                capacity: capacity.max_context,
-            });
-        }
-        for (i, (token, want)) in run.tokens.iter().zip(run.want).enumerate() {
-            if *token as usize >= vocab {
-                return Err(Error::TokenOutOfRange {
-                    token: *token,
-                    vocab: vocab as u32,
-                });
-            }
-            rows.push(Row {
-                token: *token,
-                sequence,
-                position: length as usize + i,
-                want: *want,
-            });
-        }
-    }
-    let argmax = batch.wanting(Want::ArgMax);
-    if out.argmax.len() != argmax {
-        return Err(Error::invalid("places for arg-max ids", argmax, out.argmax.len()));
-    }
-    let logits = batch.wanting(Want::Logits).checked_mul(vocab);
-    if logits != Some(out.logits.len()) {
-        return Err(Error::invalid(
-            "places for logits",
-            format!("{logits:?}"),
-            out.logits.len(),
-        ));
-    }
-    Ok(())
-}
-
 /// Runs a batch. Lengths change only when all has succeeded; what lies in the cache beyond them is scratch.
 pub(crate) fn forward(
     on: Instructions,
@@ -960,7 +863,15 @@ pub(crate) fn forward(
     batch: &TokenBatch<'_>,
     out: &mut Outputs<'_>,
 ) -> Result<()> {
-    admit(work, program.vocab, batch, out)?;
+    // A program's vocabulary is a u32.
+    admit(
+        batch,
+        out,
+        program.vocab as u32,
+        &work.dims.capacity,
+        &work.lengths,
+        &mut work.rows,
+    )?;
     let mut machine = Machine {
         on,
         residency,

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use hoist_backend::{Error, Result, ValueKind, Want, WorkspaceBytes, WorkspaceDims};
+use hoist_backend::{Error, Result, TokenRow, ValueKind, WorkspaceBytes, WorkspaceDims};
 
 use crate::cache::Cache;
 use crate::kernels;
@@ -15,15 +15,6 @@ pub(crate) enum Buffer {
     F32(Vec<f32>),
     Quantized(Vec<kernels::Segment>),
     Experts(Vec<u32>),
-}
-
-/// A token of the batch in hand.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Row {
-    pub(crate) token: u32,
-    pub(crate) sequence: usize,
-    pub(crate) position: usize,
-    pub(crate) want: Want,
 }
 
 /// Consecutive rows of one sequence.
@@ -50,13 +41,11 @@ pub(crate) struct Workspace {
     pub(crate) dims: WorkspaceDims,
     pub(crate) values: Vec<Buffer>,
     pub(crate) cache: Cache,
-    pub(crate) rows: Vec<Row>,
+    pub(crate) rows: Vec<TokenRow>,
     pub(crate) spans: Vec<Span>,
     pub(crate) choices: Vec<Choice>,
     /// Tokens of each sequence.
     pub(crate) lengths: Vec<u32>,
-    /// Sequences of the batch in hand.
-    pub(crate) seen: Vec<bool>,
     pub(crate) threads: Vec<Mutex<ThreadScratch>>,
     pub(crate) pool: Pool,
 }
@@ -109,7 +98,7 @@ impl Workspace {
     /// What [`Workspace::new`] takes; `None` past 2^64.
     fn count(dims: &WorkspaceDims, threads: usize) -> Option<WorkspaceBytes> {
         let tokens = u64::from(dims.capacity.max_batch_tokens);
-        let mut token = (size_of::<Row>() + size_of::<Span>()) as u64;
+        let mut token = (size_of::<TokenRow>() + size_of::<Span>()) as u64;
         for (kind, width) in &dims.values {
             let bytes = match kind {
                 ValueKind::F32 | ValueKind::Experts => u64::from(*width).checked_mul(4)?,
@@ -127,7 +116,7 @@ impl Workspace {
         let workspace = token
             .checked_mul(tokens)?
             .checked_add(thread.checked_mul(threads as u64)?)?
-            .checked_add(u64::from(dims.capacity.max_sequences).checked_mul(5)?)?
+            .checked_add(u64::from(dims.capacity.max_sequences).checked_mul(4)?)?
             .checked_add(dims.table_bytes)?;
         Some(WorkspaceBytes {
             kv: Cache::bytes(dims)?,
@@ -185,7 +174,6 @@ impl Workspace {
             spans: Vec::with_capacity(tokens),
             choices: Vec::with_capacity(choices as usize * tokens),
             lengths: vec![0; sequences],
-            seen: vec![false; sequences],
             threads: (0..threads).map(|_| scratch()).collect(),
             pool: Pool::new(threads)?,
         })
