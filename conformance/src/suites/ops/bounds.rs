@@ -784,3 +784,174 @@ fn attention_bounds(spec: &AttentionSpec, q: &Near, layer: &Layer) -> Vec<f64> {
     }
     bounds
 }
+
+#[cfg(test)]
+mod tests {
+    use hoist_backend::{
+        BackendInfo, DeviceInfo, EncodingSet, FloatLayout, Limits, MemoryInfo, NumericsClass, OpSet,
+        OpenOptions, Sizing, WeightBackend,
+    };
+
+    use super::super::sketch::{Sketch, transformer};
+    use super::*;
+    use crate::context::{PluginFacts, Target};
+    use crate::judge::{Bounds, bounded, exact};
+    use crate::oracle::Interpreter;
+    use crate::oracle::deviation::{Deviation, with_deviation};
+    use crate::{Context, Failure};
+
+    /// No backend at all: the oracle stands for one.
+    struct Nowhere;
+
+    impl Target for Nowhere {
+        fn name(&self) -> &str {
+            "nowhere"
+        }
+
+        fn devices(&self) -> Result<Vec<DeviceInfo>> {
+            Ok(Vec::new())
+        }
+
+        fn open(&self, _: &OpenOptions) -> Result<Box<dyn WeightBackend>> {
+            Err(Error::internal("nowhere", "nothing to open"))
+        }
+
+        fn open_ordinal(&self, _: u32, _: &OpenOptions) -> Result<Box<dyn WeightBackend>> {
+            Err(Error::internal("nowhere", "nothing to open"))
+        }
+
+        fn plugin(&self) -> Option<&PluginFacts> {
+            None
+        }
+    }
+
+    fn info() -> BackendInfo {
+        BackendInfo {
+            name: "nowhere".into(),
+            device: "nowhere".into(),
+            device_name: "nowhere".into(),
+            numerics: NumericsClass::Bounded,
+            stored: EncodingSet::weights(),
+            computed: EncodingSet::weights(),
+            ops: OpSet::all(),
+            float_layout: FloatLayout::OutIn,
+            limits: Limits::default(),
+            sizing: Sizing {
+                weight_alignment: 64,
+                quantized_row_bytes: 0,
+                quantized_segment_bytes: 0,
+                index_entry_bytes: 8,
+            },
+            memory: MemoryInfo { devices: Vec::new() },
+        }
+    }
+
+    const TOKENS: u32 = 8;
+
+    /// A random transformer, with what the contract says and how far one may be off; `None`: too close to call.
+    type Expected = Vec<Option<(Vec<f32>, Vec<f64>)>>;
+
+    fn drawn(seed: u64) -> (Sketch, Vec<u32>, Expected) {
+        let info = info();
+        let mut cx = Context::new(&Nowhere, &info, seed, "bounds", false);
+        let sketch = transformer(&mut cx, TOKENS).unwrap();
+        let tokens: Vec<u32> = (0..TOKENS)
+            .map(|_| cx.random.below(sketch.program.vocab.into()) as u32)
+            .collect();
+        let mut bounding = Bounding::new(&sketch.program, &sketch);
+        let expected = tokens
+            .iter()
+            .map(|t| bounding.step(SequenceId(0), *t).unwrap())
+            .collect();
+        (sketch, tokens, expected)
+    }
+
+    /// The oracle's logits, with one deviation.
+    fn found(sketch: &Sketch, tokens: &[u32], deviation: Option<Deviation>) -> Vec<Vec<f32>> {
+        let run = || {
+            let mut interpreter = Interpreter::new(&sketch.program, sketch, KvDtype::F16);
+            let step = |t: &u32| interpreter.step(SequenceId(0), *t, true).unwrap().unwrap();
+            tokens.iter().map(step).collect()
+        };
+        match deviation {
+            Some(deviation) => with_deviation(deviation, run),
+            None => run(),
+        }
+    }
+
+    fn verdict(expected: &Expected, found: &[Vec<f32>]) -> std::result::Result<f64, Failure> {
+        let mut worst = 0.0f64;
+        for (expected, found) in expected.iter().zip(found) {
+            let Some((y, bounds)) = expected else { continue };
+            let allowed = Bounds {
+                element: bounds,
+                row: ROW,
+                nmse: nmse(y, bounds),
+            };
+            worst = worst.max(bounded("logits", y, found, y.len(), &allowed)?.element);
+        }
+        Ok(worst)
+    }
+
+    #[test]
+    fn what_is_bounded_is_what_the_interpreter_says() {
+        let mut judged = 0;
+        for seed in 0..12 {
+            let (sketch, tokens, expected) = drawn(seed);
+            for (expected, found) in expected.iter().zip(found(&sketch, &tokens, None)) {
+                let Some((y, _)) = expected else { continue };
+                exact("logits", y, &found).unwrap();
+                judged += 1;
+            }
+        }
+        assert!(judged >= 3 * TOKENS, "{judged}");
+    }
+
+    #[test]
+    fn another_rounding_is_within_bounds() {
+        use Deviation as D;
+        let roundings = [
+            D::TiesAwayFromZero,
+            D::UnderflowFlushed,
+            D::SegmentScaleByReciprocal,
+            D::MultiplierByReciprocal,
+            D::QuantByDivision,
+            D::QuantTiesAway,
+            D::DotInThirtyTwoLanes,
+            D::DotInOneAccumulator,
+            D::DotWithoutFma,
+            D::DotFoldsNeighbours,
+            D::SumInSixtyFourLanes,
+            D::SquaresWithoutFma,
+            D::RmsGammaFirst,
+            D::RmsMeanByReciprocal,
+            D::LayerNormWithoutFma,
+            D::LayerNormOnePass,
+            D::RopeWithoutFma,
+            D::RopeFusesTheOtherProduct,
+            D::KvNotRounded,
+            D::ScoreWithoutFma,
+            D::QueryScaledFirst,
+            D::AttentionDividesBySum,
+            D::SiluByReciprocal,
+            D::GeluWithoutFma,
+            D::SoftCapByReciprocal,
+            D::RouterNormalisesAscending,
+            D::WeightedSumInSlotOrder,
+            D::ExpByNearestInteger,
+        ];
+        let mut worst = 0.0f64;
+        for seed in 0..24 {
+            let (sketch, tokens, expected) = drawn(seed);
+            for deviation in roundings {
+                let found = found(&sketch, &tokens, Some(deviation));
+                match verdict(&expected, &found) {
+                    Ok(error) => worst = worst.max(error),
+                    Err(failure) => panic!("seed {seed}, {deviation:?}: {failure}"),
+                }
+            }
+        }
+        eprintln!("worst rounding: {worst} of its bound");
+        assert!(worst > 0.0);
+    }
+}
