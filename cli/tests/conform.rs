@@ -43,8 +43,7 @@ fn c_minimal() -> Option<&'static str> {
     static LIBRARY: OnceLock<Option<String>> = OnceLock::new();
     let library = LIBRARY.get_or_init(|| {
         let library = folder().path().join("libc_minimal.so");
-        compile("plugins/examples/c-minimal/minimal.c", &library)
-            .then(|| library.display().to_string())
+        compile("plugins/examples/c-minimal/minimal.c", &library).then(|| library.display().to_string())
     });
     library.as_deref()
 }
@@ -89,11 +88,7 @@ const WITHOUT_GIGABYTES: [&str; 2] = ["--filter", "!residency::offsets"];
 
 #[test]
 fn the_cpu_conforms() {
-    let arguments = [
-        &["cpu", "--filter", "!performance"][..],
-        &WITHOUT_GIGABYTES,
-    ]
-    .concat();
+    let arguments = [&["cpu", "--filter", "!performance"][..], &WITHOUT_GIGABYTES].concat();
     let (code, stdout, stderr) = conform(&arguments);
     assert_eq!(code, Some(0), "{stdout}{stderr}");
     assert!(stdout.contains("cpu: conforms to full"), "{stdout}");
@@ -129,7 +124,10 @@ fn many_seeds_raise_no_alarm() {
 
 #[test]
 fn an_empty_selection_fails() {
-    for filters in [&["--filter", "no_such_suite"][..], &["--filter", "ops", "--profile", "residency"]] {
+    for filters in [
+        &["--filter", "no_such_suite"][..],
+        &["--filter", "ops", "--profile", "residency"],
+    ] {
         let (code, stdout, stderr) = conform(&[&["cpu"], filters].concat());
         assert_eq!(code, Some(1), "{stdout}{stderr}");
         assert!(stderr.contains("nothing is selected"), "{stderr}");
@@ -226,7 +224,11 @@ fn a_failure_is_told_in_every_report_and_can_be_asked_again() {
     assert_eq!(report["conforms"], false);
     assert_eq!(report["seed"], 7);
     assert_eq!(report["plugin"]["name"], "c-minimal");
-    assert!(report["suite_hash"].as_str().is_some_and(|h| h.starts_with("blake3:")));
+    assert!(
+        report["suite_hash"]
+            .as_str()
+            .is_some_and(|h| h.starts_with("blake3:"))
+    );
     let cases = report["cases"].as_array().expect("cases");
     let lost = cases
         .iter()
@@ -237,8 +239,14 @@ fn a_failure_is_told_in_every_report_and_can_be_asked_again() {
 
     let page = read(&html);
     assert!(page.contains("does not conform"), "the verdict is there");
-    assert!(!page.contains("http:") && !page.contains("https:"), "nothing is fetched");
-    assert!(!page.contains("<script") && !page.contains("src="), "no script, no picture");
+    assert!(
+        !page.contains("http:") && !page.contains("https:"),
+        "nothing is fetched"
+    );
+    assert!(
+        !page.contains("<script") && !page.contains("src="),
+        "no script, no picture"
+    );
     assert!(page.contains("name=\"viewport\""));
     let id = lost["id"].as_str().expect("an id");
     assert!(page.contains(id) && read(&junit).contains(id));

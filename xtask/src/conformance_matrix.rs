@@ -18,10 +18,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .reports
         .iter()
         .map(|path| {
-            let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+            let text =
+                std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
             let report: Report =
                 serde_json::from_str(&text).with_context(|| format!("{} is no report", path.display()))?;
-            ensure!(report.schema == SCHEMA, "{} is of schema {}", path.display(), report.schema);
+            ensure!(
+                report.schema == SCHEMA,
+                "{} is of schema {}",
+                path.display(),
+                report.schema
+            );
             Ok(report)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -66,7 +72,9 @@ fn page(reports: &[Report]) -> String {
             report.seed,
         );
     }
-    page.push_str("\n✓ all pass · ✗ a failure · ! an expected failure · – declared unsupported · … skipped\n");
+    page.push_str(
+        "\n✓ all pass · ✗ a failure · ! an expected failure · – declared unsupported · … skipped\n",
+    );
     for report in reports {
         let matrix = report.matrix();
         if !matrix.rows.is_empty() {
@@ -90,16 +98,18 @@ fn table(page: &mut String, matrix: &Matrix) {
     let _ = writeln!(page, "| | {} |", matrix.columns.join(" | "));
     let _ = writeln!(page, "|---|{}", ":-:|".repeat(matrix.columns.len()));
     for row in &matrix.rows {
-        let cells = matrix.columns.iter().map(|column| {
-            match matrix.cells.get(&(row.clone(), column.clone())) {
-                None => "",
-                Some(Cell::Pass) => "✓",
-                Some(Cell::Fail) => "✗",
-                Some(Cell::Expected) => "!",
-                Some(Cell::Unsupported) => "–",
-                Some(Cell::Skip) => "…",
-            }
-        });
+        let cells =
+            matrix
+                .columns
+                .iter()
+                .map(|column| match matrix.cells.get(&(row.clone(), column.clone())) {
+                    None => "",
+                    Some(Cell::Pass) => "✓",
+                    Some(Cell::Fail) => "✗",
+                    Some(Cell::Expected) => "!",
+                    Some(Cell::Unsupported) => "–",
+                    Some(Cell::Skip) => "…",
+                });
         let _ = writeln!(page, "| {row} | {} |", cells.collect::<Vec<_>>().join(" | "));
     }
 }
