@@ -26,8 +26,8 @@ enum What {
         ordinal: u32,
     },
     Library {
-        candidate: Candidate,
-        facts: PluginFacts,
+        candidate: Box<Candidate>,
+        facts: Box<PluginFacts>,
     },
 }
 
@@ -129,7 +129,10 @@ fn find_library(name: &str) -> Result<What> {
         exports: header.exports,
         ordinal,
     };
-    Ok(What::Library { candidate, facts })
+    Ok(What::Library {
+        candidate: Box::new(candidate),
+        facts: Box::new(facts),
+    })
 }
 
 impl Judged {
@@ -140,7 +143,7 @@ impl Judged {
     pub(super) fn facts(&self) -> Option<PluginFacts> {
         match &self.what {
             What::BuiltIn { .. } => None,
-            What::Library { facts, .. } => Some(facts.clone()),
+            What::Library { facts, .. } => Some((**facts).clone()),
         }
     }
 
@@ -169,7 +172,7 @@ impl Judged {
             }
             What::Library { candidate, facts } => {
                 let provider = hoist_plugin_host::open(candidate, &Probe::Skip)?;
-                (Box::new(provider), facts.ordinal, Some(facts.clone()))
+                (Box::new(provider), facts.ordinal, Some((**facts).clone()))
             }
         };
         Ok(Opened {
