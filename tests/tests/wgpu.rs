@@ -314,7 +314,10 @@ const TESTS: &[Test] = &[
         "options_that_it_cannot_honour_are_refused",
         options_that_it_cannot_honour_are_refused,
     ),
-    ("suite_device", || conforms(&["device"])),
+    ("suite_device", || {
+        // That case needs a process of its own.
+        conforms(&["device", "!device::place::weights_are_where_it_says"])
+    }),
     ("suite_residency", || {
         conforms(&["residency::*[encoding=f16]", "residency::*[encoding=q6_k]"])
     }),

@@ -299,6 +299,14 @@ impl WeightBackend for WgpuBackend {
         Ok(receipt)
     }
 
+    fn digest(&mut self, weight: WeightId) -> Result<Option<[u8; 32]>> {
+        self.lifecycle.expect_resident("digest")?;
+        let residency = self.residency.as_ref().ok_or_else(|| missing("weights"))?;
+        residency.weight(weight)?;
+        // Hashing is the caller's, over what it reads back.
+        Ok(None)
+    }
+
     fn read_back(&mut self, weight: WeightId, offset: u64, out: &mut [u8]) -> Result<()> {
         self.lifecycle.expect_resident("read_back")?;
         let residency = self.residency.as_mut().ok_or_else(|| missing("weights"))?;
