@@ -103,6 +103,8 @@ def main():
             committed = BUILT / fresh.name
             if fresh.suffix == ".ptx":
                 failures += scan(fresh.stem, fresh.read_text())
+            if b"_INTERNAL_" in fresh.read_bytes():
+                failures.append(f"{fresh.name} names a symbol by the folder it was compiled in: make its device data and functions inline")
             if fresh.stat().st_size > MAX_BYTES:
                 failures.append(f"{fresh.name} has more than {MAX_BYTES} bytes")
             if check:

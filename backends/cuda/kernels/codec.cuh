@@ -247,7 +247,7 @@ struct Q6_K {
 
 // ---- code books ----
 
-__device__ const i8 IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+extern __device__ const i8 IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 struct IQ4_NL {
     static constexpr int BYTES = 18, WEIGHTS = 32;
@@ -493,7 +493,7 @@ struct Q2_0 {
 
 // ---- 4-bit floats ----
 
-__device__ const i8 E2M1_DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+extern __device__ const i8 E2M1_DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 struct MXFP4 {
     static constexpr int BYTES = 17, WEIGHTS = 32;

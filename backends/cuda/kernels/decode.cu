@@ -611,9 +611,15 @@ static_assert(sizeof(ArgMaxParams) == 40);
 /// Values in order as unsigned numbers, so that (value, place) can be compared.
 DEVICE bool better(float a, u32 at, float b, u32 bt) { return a > b || (a == b && at < bt); }
 
-DEVICE void best_of_block(float &x, u32 &at) {
-    __shared__ float values[32];
-    __shared__ u32 places[32];
+/// The best of each warp of a block.
+struct Bests {
+    float values[32];
+    u32 places[32];
+};
+
+DEVICE void best_of_block(Bests &bests, float &x, u32 &at) {
+    float *values = bests.values;
+    u32 *places = bests.places;
     for (int h = 16; h > 0; h >>= 1) {
         float y = shuffle_xor(x, h);
         u32 there = __shfl_xor_sync(0xffffffffu, at, h);
@@ -641,7 +647,8 @@ extern "C" __global__ void __launch_bounds__(256) arg_max_parts(const __grid_con
         if (y > best) best = y, at = i;
     }
     if (!finite) report(p.fault, p.step);
-    best_of_block(best, at);
+    __shared__ Bests bests;
+    best_of_block(bests, best, at);
     if (threadIdx.x == 0) p.parts[blockIdx.y * PARTS + blockIdx.x] = make_uint2(bits_of(best), at);
 }
 
@@ -649,7 +656,8 @@ extern "C" __global__ void __launch_bounds__(64) arg_max_all(const __grid_consta
     uint2 part = p.parts[blockIdx.x * PARTS + threadIdx.x];
     float x = f32_of_bits(part.x);
     u32 at = part.y;
-    best_of_block(x, at);
+    __shared__ Bests bests;
+    best_of_block(bests, x, at);
     if (threadIdx.x == 0) p.out[blockIdx.x] = at;
 }
 
