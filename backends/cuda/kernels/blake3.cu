@@ -5,6 +5,10 @@
 
 #include <cstdint>
 
+#include "primitives.cuh"
+
+using namespace hoist;
+
 struct Subtree {
     uint64_t ptr;       // 16-byte aligned
     uint64_t counter;   // of its first chunk
@@ -26,13 +30,13 @@ constexpr uint32_t CHUNK_START = 1, CHUNK_END = 2, PARENT = 4, ROOT = 8;
 
 #define G(a, b, c, d, x, y)                 \
     a = a + b + (x);                        \
-    d = __byte_perm(d ^ a, 0, 0x1032);      \
+    d = pick_bytes(d ^ a, 0, 0x1032);      \
     c = c + d;                              \
-    b = __funnelshift_r(b ^ c, b ^ c, 12);  \
+    b = funnel_right(b ^ c, b ^ c, 12);  \
     a = a + b + (y);                        \
-    d = __byte_perm(d ^ a, 0, 0x0321);      \
+    d = pick_bytes(d ^ a, 0, 0x0321);      \
     c = c + d;                              \
-    b = __funnelshift_r(b ^ c, b ^ c, 7);
+    b = funnel_right(b ^ c, b ^ c, 7);
 
 #define ROUND(i0, i1, i2, i3, i4, i5, i6, i7, i8, i9, i10, i11, i12, i13, i14, i15) \
     G(v0, v4, v8, v12, m[i0], m[i1])                                                \
@@ -88,7 +92,7 @@ static __device__ void hash_chunk(uint32_t (&cv)[8], const uint8_t *bytes, uint3
             const uint4 *from = reinterpret_cast<const uint4 *>(bytes + at);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const uint4 q = __ldg(from + i);
+                const uint4 q = load_constant(from + i);
                 m[4 * i] = q.x;
                 m[4 * i + 1] = q.y;
                 m[4 * i + 2] = q.z;
@@ -119,7 +123,7 @@ static __device__ void hash_chunk(uint32_t (&cv)[8], const uint8_t *bytes, uint3
 static __device__ void reduce(uint32_t (&cv)[8], uint32_t (*nodes)[9], uint32_t count, uint32_t whole) {
     const uint32_t i = threadIdx.x;
     while (count > 1) {
-        __syncthreads();
+        meet_block();
         const uint32_t pairs = count / 2;
         const bool carried = (count & 1) != 0 && i == pairs;
         if (i < pairs) {
@@ -135,7 +139,7 @@ static __device__ void reduce(uint32_t (&cv)[8], uint32_t (*nodes)[9], uint32_t 
                 cv[j] = nodes[2 * i][j];
             }
         }
-        __syncthreads();
+        meet_block();
         if (i < pairs || carried) {
             for (int j = 0; j < 8; j++) {
                 nodes[i][j] = cv[j];
@@ -147,7 +151,7 @@ static __device__ void reduce(uint32_t (&cv)[8], uint32_t (*nodes)[9], uint32_t 
 
 // grid: subtrees; block: 256. `out` takes 32 bytes for each: a chaining value, or the hash of a whole input.
 extern "C" __global__ void __launch_bounds__(256) hash_subtrees(const Subtree *subtrees, uint32_t *out) {
-    __shared__ uint32_t nodes[CHUNKS][9];  // 9: no two threads of a warp on one bank
+    SHARED(uint32_t, nodes, [CHUNKS][9]);  // 9: no two threads of a warp on one bank
     const Subtree s = subtrees[blockIdx.x];
     const uint32_t count = s.nbytes == 0 ? 1 : (s.nbytes + 1023) / 1024;
     const uint32_t i = threadIdx.x;
@@ -178,7 +182,7 @@ struct Group {
 
 // grid: groups; block: 256.
 extern "C" __global__ void __launch_bounds__(256) merge_nodes(const Group *groups, const uint32_t *in, uint32_t *out) {
-    __shared__ uint32_t nodes[CHUNKS][9];
+    SHARED(uint32_t, nodes, [CHUNKS][9]);
     const Group g = groups[blockIdx.x];
     const uint32_t i = threadIdx.x;
     uint32_t cv[8];

@@ -41,7 +41,7 @@ DEVICE int look_up(u32 n, const i8 *book) {
 }
 
 /// Subtracts `zero` from each byte; no byte leaves its range.
-DEVICE int less(u32 w, int zero) { return __vsub4(w, (u32)zero * 0x01010101u); }
+DEVICE int less(u32 w, int zero) { return sub_bytes(w, (u32)zero * 0x01010101u); }
 
 DEVICE void both(Block &b, int c, int e, float s) {
     b.c[0] = b.c[1] = c;
@@ -247,7 +247,7 @@ struct Q6_K {
 
 // ---- code books ----
 
-extern __device__ const i8 IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+TABLE i8 IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 struct IQ4_NL {
     static constexpr int BYTES = 18, WEIGHTS = 32;
@@ -292,13 +292,13 @@ DEVICE int grid4(u16 packed, const i8 *levels) {
 DEVICE int with_signs(u32 w, u32 bits) {
     u32 ones = (bits & 15) * 0x00204081u & 0x01010101u;
     u32 mask = ones * 255u;
-    return __vadd4(w ^ mask, ones);
+    return add_bytes(w ^ mask, ones);
 }
 
 /// Eight sign bits from seven: the eighth makes their number even.
 DEVICE u32 even_signs(u32 seven) {
     seven &= 127;
-    return seven | (__popc(seven) & 1) << 7;
+    return seven | (ones_of(seven) & 1) << 7;
 }
 
 DEVICE void signed8(int out[2], u32 signs) {
@@ -493,7 +493,7 @@ struct Q2_0 {
 
 // ---- 4-bit floats ----
 
-extern __device__ const i8 E2M1_DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+TABLE i8 E2M1_DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 struct MXFP4 {
     static constexpr int BYTES = 17, WEIGHTS = 32;

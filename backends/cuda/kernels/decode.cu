@@ -83,7 +83,7 @@ static_assert(sizeof(NormParams) == 40);
 
 /// One block of 256 threads a vector.
 extern "C" __global__ void __launch_bounds__(256) rms_norm(const __grid_constant__ NormParams p) {
-    __shared__ float scratch[256];
+    SHARED(float, scratch, [256]);
     const float *x = p.x + (size_t)blockIdx.x * p.n;
     float acc = 0.0f;
     for (u32 i = threadIdx.x; i < p.n; i += 256) acc = fma(x[i], x[i], acc);
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(const __grid_constant
 }
 
 extern "C" __global__ void __launch_bounds__(256) layer_norm(const __grid_constant__ NormParams p) {
-    __shared__ float scratch[256];
+    SHARED(float, scratch, [256]);
     const float *x = p.x + (size_t)blockIdx.x * p.n;
     float acc = 0.0f;
     for (u32 i = threadIdx.x; i < p.n; i += 256) acc = add(acc, x[i]);
@@ -133,10 +133,10 @@ extern "C" __global__ void __launch_bounds__(128) quantise(const __grid_constant
         a = max(a, bits_of(v[i]) & 0x7fffffffu);
     }
     // Bits of magnitudes are in the order of values; NaN and infinity come last.
-    a = max(a, __shfl_xor_sync(0xffffffffu, a, 1));
-    a = max(a, __shfl_xor_sync(0xffffffffu, a, 2));
+    a = max(a, shuffle_xor(a, 1));
+    a = max(a, shuffle_xor(a, 2));
     u32 all = a;
-    for (int h = 4; h < 32; h <<= 1) all = max(all, __shfl_xor_sync(0xffffffffu, all, h));
+    for (int h = 4; h < 32; h <<= 1) all = max(all, shuffle_xor(all, h));
     if (all >= 0x7f800000u) {
         if (lane == 0) report(p.fault, p.step);
         all = a = 0;
@@ -157,13 +157,13 @@ extern "C" __global__ void __launch_bounds__(128) quantise(const __grid_constant
         u = below + 1;
         float r = quotient(1.0f, mul((float)u, d));
         for (int i = 0; i < 8; i++) {
-            int q = __float2int_rn(mul(v[i], r));
+            int q = i32_of_f32(mul(v[i], r));
             sum += q;
             words[i >> 2] |= (u32)(u8)q << 8 * (i & 3);
         }
     }
     *(uint2 *)(out.q + lane * 8) = make_uint2(words[0], words[1]);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += shuffle_xor(sum, 1);
     if ((lane & 1) == 0) out.s[lane >> 1] = sum;
     if ((lane & 3) == 0) out.u[lane >> 2] = u;
     if (lane == 0) out.m = m, out.e = e;
@@ -201,7 +201,7 @@ template <class E> DEVICE void float_matmul(const FloatMatMulParams &p) {
     if (p.cols % 8 == 0) {
         for (; first + 8 <= p.cols; first += 64) {
             T v[8];
-            for (int i = 0; i < (int)sizeof(v) / 16; i++) ((uint4 *)v)[i] = __ldg((const uint4 *)(w + first) + i);
+            for (int i = 0; i < (int)sizeof(v) / 16; i++) ((uint4 *)v)[i] = load_constant((const uint4 *)(w + first) + i);
             float4 low = *(const float4 *)(x + first), high = *(const float4 *)(x + first + 4);
             acc[0] = fma(E::widen(v[0]), low.x, acc[0]), acc[1] = fma(E::widen(v[1]), low.y, acc[1]);
             acc[2] = fma(E::widen(v[2]), low.z, acc[2]), acc[3] = fma(E::widen(v[3]), low.w, acc[3]);
@@ -375,7 +375,7 @@ DEVICE u32 first_visible(const AttentionParams &p, u32 position) {
 
 /// One block of 256 threads for each (split, key/value head and group of query heads, token).
 template <class K> DEVICE void attention_split(const AttentionParams &p) {
-    extern __shared__ float shared[];
+    DYNAMIC_SHARED(float, shared, 16);
     typedef typename K::T T;
     const CacheLayer &c = p.cache;
     u32 t = threadIdx.x, group = p.heads / c.kv_heads, groups = (group + HEADS - 1) / HEADS;
@@ -391,7 +391,7 @@ template <class K> DEVICE void attention_split(const AttentionParams &p) {
         size_t at = ((size_t)(p.first_token + blockIdx.z) * p.heads + head + h) * c.head_dim + element;
         q[i] = h < n && element < c.head_dim ? p.query[at] : 0.0f;
     }
-    __syncthreads();
+    meet_block();
     const T *keys = keys_of<K>(c, row.sequence, kv_head), *values = keys + (size_t)c.padded * c.positions;
     u32 position = base + t;
     bool visible = position >= first && position <= last;
@@ -419,7 +419,7 @@ template <class K> DEVICE void attention_split(const AttentionParams &p) {
         w[h * SPLIT + t] = visible ? exponential(sub(s[h], m)) : 0.0f;
         if (t == 0) scratch[8 + h] = m;
     }
-    __syncthreads();
+    meet_block();
     size_t sums = ((size_t)blockIdx.z * p.heads + head) * p.splits + blockIdx.x;
     // dot64's order: a lane has two accumulators, 32 apart.
     for (u32 h = t >> 5; h < n; h += 8) {
@@ -506,8 +506,8 @@ static_assert(sizeof(RouterParams) == 40);
 
 /// One block of 256 threads a token.
 extern "C" __global__ void __launch_bounds__(256) router_top_k(const __grid_constant__ RouterParams p) {
-    __shared__ float scratch[256];
-    __shared__ u32 places[8];
+    SHARED(float, scratch, [256]);
+    SHARED(u32, places, [8]);
     float *x = p.logits + (size_t)blockIdx.x * p.n;
     u32 *experts = p.experts + (size_t)blockIdx.x * p.k;
     float *weights = p.weights + (size_t)blockIdx.x * p.k;
@@ -523,7 +523,7 @@ extern "C" __global__ void __launch_bounds__(256) router_top_k(const __grid_cons
     }
     float sum = fold256(acc, scratch);
     for (u32 i = t; i < p.n; i += 256) x[i] = quotient(x[i], sum);
-    __syncthreads();
+    meet_block();
     for (u32 chosen = 0; chosen < p.k; chosen++) {
         // The largest that is not taken, the lowest of equals. Probabilities are not negative; taken ones become so.
         float best = -1.0f;
@@ -532,11 +532,11 @@ extern "C" __global__ void __launch_bounds__(256) router_top_k(const __grid_cons
             if (x[i] > best) best = x[i], place = i;
         for (int h = 16; h > 0; h >>= 1) {
             float other = shuffle_xor(best, h);
-            u32 there = __shfl_xor_sync(0xffffffffu, place, h);
+            u32 there = shuffle_xor(place, h);
             if (other > best || (other == best && there < place)) best = other, place = there;
         }
         if ((t & 31) == 0) scratch[t >> 5] = best, places[t >> 5] = place;
-        __syncthreads();
+        meet_block();
         if (t == 0) {
             for (int w = 1; w < 8; w++)
                 if (scratch[w] > best || (scratch[w] == best && places[w] < place)) best = scratch[w], place = places[w];
@@ -544,7 +544,7 @@ extern "C" __global__ void __launch_bounds__(256) router_top_k(const __grid_cons
             if (place >= p.n) place = chosen, best = x[chosen];
             experts[chosen] = place, weights[chosen] = best, x[place] = -2.0f;
         }
-        __syncthreads();
+        meet_block();
     }
     if (p.normalise && t == 0) {
         float total = 0.0f;
@@ -622,11 +622,11 @@ DEVICE void best_of_block(Bests &bests, float &x, u32 &at) {
     u32 *places = bests.places;
     for (int h = 16; h > 0; h >>= 1) {
         float y = shuffle_xor(x, h);
-        u32 there = __shfl_xor_sync(0xffffffffu, at, h);
+        u32 there = shuffle_xor(at, h);
         if (better(y, there, x, at)) x = y, at = there;
     }
     if ((threadIdx.x & 31) == 0) values[threadIdx.x >> 5] = x, places[threadIdx.x >> 5] = at;
-    __syncthreads();
+    meet_block();
     if (threadIdx.x == 0)
         for (u32 w = 1; w < blockDim.x >> 5; w++)
             if (better(values[w], places[w], x, at)) x = values[w], at = places[w];
@@ -647,7 +647,7 @@ extern "C" __global__ void __launch_bounds__(256) arg_max_parts(const __grid_con
         if (y > best) best = y, at = i;
     }
     if (!finite) report(p.fault, p.step);
-    __shared__ Bests bests;
+    SHARED(Bests, bests, );
     best_of_block(bests, best, at);
     if (threadIdx.x == 0) p.parts[blockIdx.y * PARTS + blockIdx.x] = make_uint2(bits_of(best), at);
 }
@@ -656,7 +656,7 @@ extern "C" __global__ void __launch_bounds__(64) arg_max_all(const __grid_consta
     uint2 part = p.parts[blockIdx.x * PARTS + threadIdx.x];
     float x = f32_of_bits(part.x);
     u32 at = part.y;
-    __shared__ Bests bests;
+    SHARED(Bests, bests, );
     best_of_block(bests, x, at);
     if (threadIdx.x == 0) p.out[blockIdx.x] = at;
 }

@@ -22,6 +22,6 @@ struct Segment {
 static_assert(sizeof(Segment) == 304);
 
 /// Reports that a step produced a NaN or infinity; the first step wins.
-DEVICE void report(u32 *fault, u32 step) { atomicMin(fault, step); }
+DEVICE void report(u32 *fault, u32 step) { atomic_min(fault, step); }
 
 } // namespace hoist

@@ -33,7 +33,7 @@ DEVICE i64 arithmetic_shift(i64 x, int by) { return x >> min(by, 63); }
 DEVICE int vector_exponent(const Segment *x, int segments) {
     int e = -133;
     for (int s = threadIdx.x & 31; s < segments; s += 32) e = max(e, x[s].e);
-    for (int h = 16; h > 0; h >>= 1) e = max(e, __shfl_xor_sync(0xffffffffu, e, h));
+    for (int h = 16; h > 0; h >>= 1) e = max(e, shuffle_xor(e, h));
     return e;
 }
 
@@ -66,8 +66,8 @@ DEVICE void multiply(const MatMulParams &p, const u8 *matrix, const i16 *exponen
         if (E::ALIGNED) {
             e = max(b.e[0], b.e[1]);
             for (int h = 1; h < 8; h <<= 1) {
-                e = max(e, __shfl_xor_sync(0xffffffffu, e, h));
-                ek = max(ek, __shfl_xor_sync(0xffffffffu, ek, h));
+                e = max(e, shuffle_xor(e, h));
+                ek = max(ek, shuffle_xor(ek, h));
             }
             for (int h = 0; h < 2; h++) {
                 b.c[h] = (b.c[h] * 256) >> min(e - b.e[h], 31);

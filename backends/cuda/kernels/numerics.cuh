@@ -1,43 +1,11 @@
-// Arithmetic of docs/numerics.md, spelled with intrinsics that round to nearest even and are never contracted.
+// Functions of docs/numerics.md, in arithmetic that rounds to nearest even and is never contracted.
 #pragma once
 
-// A namespace, so that these names hide those of <cmath>.
+#include "primitives.cuh"
+
 namespace hoist {
 
-typedef unsigned char u8;
-typedef signed char i8;
-typedef unsigned short u16;
-typedef short i16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-#define DEVICE static __device__ __forceinline__
-
-DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
-DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
-DEVICE float sub(float a, float b) { return __fadd_rn(a, -b); }
-DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
-DEVICE float root(float a) { return __fsqrt_rn(a); }
-
-DEVICE float f32_of_bits(u32 bits) { return __uint_as_float(bits); }
-DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 DEVICE bool is_finite(float x) { return (bits_of(x) & 0x7fffffffu) < 0x7f800000u; }
-
-/// IEEE binary16 to f32, exactly.
-DEVICE float f32_of_f16(u16 bits) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-    return x;
-}
-
-/// f32 to IEEE binary16, to nearest even, with gradual underflow.
-DEVICE u16 f16_of_f32(float x) {
-    u16 bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return bits;
-}
 
 DEVICE float f32_of_bf16(u16 bits) { return f32_of_bits((u32)bits << 16); }
 
@@ -97,19 +65,10 @@ DEVICE float gelu_tanh(float x) {
 /// An i64 sum times 2^e as the contract rounds it: to f32, then once more with the power (§1.3).
 DEVICE float scaled_sum(i64 sum, int e) {
     // A double holds every f32 times these powers exactly, so that its conversion is the one second rounding.
-    float y = __ll2float_rn(sum);
-    double power = __longlong_as_double((long long)(e + 1023) << 52);
-    return __double2float_rn(__dmul_rn((double)y, power));
+    float y = f32_of_i64(sum);
+    double power = f64_of_bits((u64)((long long)(e + 1023) << 52));
+    return f32_of_product((double)y, power);
 }
-
-DEVICE int dot4(int a, int b, int c) {
-    int d;
-    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
-DEVICE i64 shuffle_xor(i64 x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 /// The largest of a block's values; `scratch` has a place for each warp. All threads get it.
 DEVICE float block_max(float x, float *scratch) {
@@ -118,10 +77,10 @@ DEVICE float block_max(float x, float *scratch) {
         x = y > x ? y : x;
     }
     if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = x;
-    __syncthreads();
+    meet_block();
     x = scratch[0];
     for (int w = 1; w < (int)blockDim.x >> 5; w++) x = scratch[w] > x ? scratch[w] : x;
-    __syncthreads();
+    meet_block();
     return x;
 }
 
@@ -129,20 +88,20 @@ DEVICE float block_max(float x, float *scratch) {
 DEVICE float fold256(float acc, float *scratch) {
     int t = threadIdx.x;
     scratch[t] = acc;
-    __syncthreads();
+    meet_block();
     // h = 128, 64 and 32 through shared memory, the rest within a warp.
     if (t < 128) scratch[t] = add(scratch[t], scratch[t + 128]);
-    __syncthreads();
+    meet_block();
     if (t < 64) scratch[t] = add(scratch[t], scratch[t + 64]);
-    __syncthreads();
+    meet_block();
     if (t < 32) {
         float x = add(scratch[t], scratch[t + 32]);
         for (int h = 16; h > 0; h >>= 1) x = add(x, shuffle_xor(x, h));
         if (t == 0) scratch[0] = x;
     }
-    __syncthreads();
+    meet_block();
     float sum = scratch[0];
-    __syncthreads();
+    meet_block();
     return sum;
 }
 

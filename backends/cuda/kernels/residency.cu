@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+#include "primitives.cuh"
+
+using namespace hoist;
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Pieces: from a chunk of a file, as it lies in the file, to where weights lie.
 
@@ -68,10 +72,10 @@ static __device__ void move_bytes(const uint8_t *from, uint8_t *to, uint32_t n) 
             // The word after the last is read only where it is needed: it can lie past the source.
             const uint32_t e = shift ? w[4] : 0;
             uint4 v;
-            v.x = __funnelshift_r(a, b, shift);
-            v.y = __funnelshift_r(b, c, shift);
-            v.z = __funnelshift_r(c, d, shift);
-            v.w = __funnelshift_r(d, e, shift);
+            v.x = funnel_right(a, b, shift);
+            v.y = funnel_right(b, c, shift);
+            v.z = funnel_right(c, d, shift);
+            v.w = funnel_right(d, e, shift);
             reinterpret_cast<uint4 *>(to)[i] = v;
         }
     }
@@ -86,13 +90,13 @@ static __device__ float widen_f16(uint32_t bits) {
     const uint32_t magnitude = bits & 0x7fffu;
     uint32_t value;
     if (magnitude < 0x400) {
-        value = __float_as_uint(__fmul_rn(__uint2float_rn(magnitude), __uint_as_float(103u << 23)));
+        value = bits_of(mul(f32_of_u32(magnitude), f32_of_bits(103u << 23)));
     } else if (magnitude < 0x7c00) {
         value = (magnitude << 13) + (112u << 23);
     } else {
         value = magnitude << 13 | 0x7f800000u;
     }
-    return __uint_as_float(sign | value);
+    return f32_of_bits(sign | value);
 }
 
 static __device__ void move_units(const Piece &p, const uint8_t *from, uint64_t begin, uint64_t end) {
@@ -108,14 +112,14 @@ static __device__ void move_units(const Piece &p, const uint8_t *from, uint64_t 
         }
         uint32_t bits;
         if (what == WIDEN_F16) {
-            bits = __float_as_uint(widen_f16(load_2(s)));
+            bits = bits_of(widen_f16(load_2(s)));
         } else if (what == WIDEN_BF16) {
             bits = load_2(s) << 16;
         } else {
             bits = load_4(s);
         }
         if (add_one) {
-            bits = __float_as_uint(__fadd_rn(__uint_as_float(bits), 1.0f));
+            bits = bits_of(add(f32_of_bits(bits), 1.0f));
         }
         *reinterpret_cast<uint32_t *>(d) = bits;
     }
@@ -180,7 +184,7 @@ struct Item {
 constexpr uint64_t ITEM_BYTES = 1u << 18;
 
 static __device__ void refuse(unsigned long long *first_bad, uint32_t weight, uint64_t offset) {
-    atomicMin(first_bad + weight, static_cast<unsigned long long>(offset));
+    atomic_min(first_bad + weight, static_cast<unsigned long long>(offset));
 }
 
 static __device__ uint32_t u16_at(const uint8_t *p) {
@@ -265,7 +269,7 @@ static __device__ void finish_rows(const Weight &w, uint32_t weight, uint64_t fi
                 }
             }
             for (int h = 16; h > 0; h >>= 1) {
-                e = max(e, __shfl_xor_sync(~0u, e, h));
+                e = max(e, shuffle_xor(e, h));
             }
             e += w.shift;
         }
@@ -297,7 +301,7 @@ static __device__ void check_floats(const Weight &w, uint32_t weight, uint64_t b
     }
     // What a whole 16 bytes do not cover, and the place of a hit: value by value.
     const uint64_t tail = begin + (end - begin) / 16 * 16;
-    const bool all = __syncthreads_or(hit) != 0;
+    const bool all = any_of_block(hit);
     for (uint64_t at = (all ? begin : tail) + uint64_t(threadIdx.x) * width; at < end; at += uint64_t(blockDim.x) * width) {
         const uint32_t bits = width == 4 ? *reinterpret_cast<const uint32_t *>(base + at) : u16_at(base + at);
         const bool bad = width == 4 ? special_4(bits) : (bits & mask) == mask;

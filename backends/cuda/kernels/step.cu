@@ -110,64 +110,15 @@ DEVICE Shared lay_out(u8 *base, const StepParams &p) {
     return s;
 }
 
-DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE void barrier_init(u64 *barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
-DEVICE void barrier_arrive(u64 *barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-DEVICE void barrier_expect(u64 *barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-}
-DEVICE void barrier_wait(u64 *barrier, u32 parity) {
-    u32 done = 0;
-    while (!done)
-        asm volatile("{\n"
-                     ".reg .pred done;\n"
-                     "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, done;\n"
-                     "}"
-                     : "=r"(done)
-                     : "r"(shared_address(barrier)), "r"(parity)
-                     : "memory");
-}
-
-/// Copies to shared memory; weights are read once a token, so they must not push anything else out of the cache.
-DEVICE void bulk_copy(u8 *to, const u8 *from, u32 bytes, u64 *barrier) {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                 ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-                 : "memory");
-}
-
-/// Copies a word to shared memory; `words_arrived` waits for this thread's.
-DEVICE void copy_word(u32 *to, const u32 *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-DEVICE void words_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-/// Waits for all consumer warps of this block. Lanes that a branch has parted come together first: the barrier counts warps.
-DEVICE void meet() {
-    __syncwarp();
-    asm volatile("barrier.cta.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-}
+/// Waits for all consumer warps of this block.
+DEVICE void meet() { meet_threads<1, CONSUMERS>(); }
 
 /// Waits for the consumers of all blocks, the `number`th time (from 1).
 DEVICE void meet_grid(u32 *arrived, u32 number) {
     meet();
     if (threadIdx.x == 0) {
-        u32 target = number * gridDim.x, seen;
-        __threadfence();
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-        do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
-        } while (seen < target);
-        __threadfence();
+        release_add(arrived, 1);
+        await_at_least(arrived, number * gridDim.x);
     }
     meet();
 }
@@ -223,7 +174,7 @@ DEVICE void produce(const StepParams &p, const Shared &s) {
 
 /// The largest of `x` over the consumers; `scratch` has a place for each warp.
 DEVICE int consumer_max(int x, int *scratch) {
-    for (int h = 16; h > 0; h >>= 1) x = max(x, __shfl_xor_sync(0xffffffffu, x, h));
+    for (int h = 16; h > 0; h >>= 1) x = max(x, shuffle_xor(x, h));
     if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = x;
     meet();
     x = scratch[0];
@@ -235,10 +186,10 @@ DEVICE int consumer_max(int x, int *scratch) {
 DEVICE int quantise_segment(const float v[8], u8 *codes, u8 *meta, u32 *fault, u32 step) {
     u32 lane = threadIdx.x & 31, a = 0;
     for (int i = 0; i < 8; i++) a = max(a, bits_of(v[i]) & 0x7fffffffu);
-    a = max(a, __shfl_xor_sync(0xffffffffu, a, 1));
-    a = max(a, __shfl_xor_sync(0xffffffffu, a, 2));
+    a = max(a, shuffle_xor(a, 1));
+    a = max(a, shuffle_xor(a, 2));
     u32 all = a;
-    for (int h = 4; h < 32; h <<= 1) all = max(all, __shfl_xor_sync(0xffffffffu, all, h));
+    for (int h = 4; h < 32; h <<= 1) all = max(all, shuffle_xor(all, h));
     if (all >= 0x7f800000u) {
         if (lane == 0) report(fault, step);
         all = a = 0;
@@ -257,22 +208,22 @@ DEVICE int quantise_segment(const float v[8], u8 *codes, u8 *meta, u32 *fault, u
         u = below + 1;
         float r = quotient(1.0f, mul((float)u, d));
         for (int i = 0; i < 8; i++) {
-            int q = __float2int_rn(mul(v[i], r));
+            int q = i32_of_f32(mul(v[i], r));
             sum += q;
             words[i >> 2] |= (u32)(u8)q << 8 * (i & 3);
         }
     }
     *(uint2 *)(codes + lane * 8) = make_uint2(words[0], words[1]);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += shuffle_xor(sum, 1);
     if ((lane & 1) == 0) *(i16 *)(meta + 32 + lane) = sum;
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    sum += shuffle_xor(sum, 2);
     if ((lane & 3) == 0) *(int *)(meta + lane) = u * sum, meta[64 + (lane >> 2)] = u;
     if (lane == 0) *(int2 *)(meta + 72) = make_int2(m, e);
     return e;
 }
 
 DEVICE void load8(const float *from, float v[8]) {
-    float4 low = __ldcg((const float4 *)from), high = __ldcg((const float4 *)from + 1);
+    float4 low = load_shared_cache((const float4 *)from), high = load_shared_cache((const float4 *)from + 1);
     v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
     v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
 }
@@ -284,7 +235,7 @@ DEVICE float inverse_rms(const float *x, u32 n, float eps, float *scratch) {
         float acc = 0.0f;
 #pragma unroll 8
         for (u32 i = t; i < n; i += 256) {
-            float y = __ldcg(x + i);
+            float y = load_shared_cache(x + i);
             acc = fma(y, y, acc);
         }
         scratch[t] = acc;
@@ -314,12 +265,12 @@ DEVICE void merge8(const StepParams &p, const AttentionPhase &a, u32 first, u32 
     const float *partial = p.partial + (size_t)head * p.splits * a.head_dim + element;
     float m = -INFINITY, l = 0.0f;
     for (u32 s = first; s <= last; s++) {
-        float x = __ldcg(&sums[s]).x;
+        float x = load_shared_cache(&sums[s]).x;
         m = x > m ? x : m;
     }
     for (int i = 0; i < 8; i++) v[i] = 0.0f;
     for (u32 s = first; s <= last; s++) {
-        float2 sum = __ldcg(&sums[s]);
+        float2 sum = load_shared_cache(&sums[s]);
         float f = exponential(sub(sum.x, m)), o[8];
         l = fma(sum.y, f, l);
         load8(partial + (size_t)s * a.head_dim, o);
@@ -422,7 +373,7 @@ template <bool FIFTHS> DEVICE i64 product_k(const u8 *p, const u8 *codes, const 
 
 /// The word at byte `at` of a segment that starts at an even address: `base` is that address rounded down to 4, `odd` what
 /// was cut off, in bits.
-DEVICE u32 word_at(const u32 *base, u32 odd, int at) { return __funnelshift_r(base[at / 4], base[at / 4 + 1], odd); }
+DEVICE u32 word_at(const u32 *base, u32 odd, int at) { return funnel_right(base[at / 4], base[at / 4 + 1], odd); }
 
 DEVICE i64 product_q6_k(const u8 *p, const u8 *codes, const u8 *meta, int ew, int ea) {
     const u32 *base = (const u32 *)((u64)p & ~3ull);
@@ -511,7 +462,7 @@ DEVICE void multiply(const StepParams &p, const Shared &s, const ProductPhase &p
     for (; place.next < end; place.next += WARPS) {
         u32 at = (place.next - begin) * piece, segment = at + lane;
         bool here = lane < piece && segment < total;
-        u32 row = __umulhi(segment, product_phase.magic);
+        u32 row = high_product(segment, product_phase.magic);
         if (segments == 1) row = segment;
         u32 column = segment - row * segments;
         barrier_wait(s.full + place.slot, place.parity);
@@ -524,16 +475,16 @@ DEVICE void multiply(const StepParams &p, const Shared &s, const ProductPhase &p
         } else {
             row = 0xffffffffu;
         }
-        __syncwarp();
+        meet_warp();
         if (lane == 0) barrier_arrive(s.empty + place.slot);
         // Lanes of one row follow each other: the first of them gets their sum.
         for (int by = 1; by < 32; by <<= 1) {
-            i64 other = __shfl_down_sync(0xffffffffu, term, by);
-            u32 there = __shfl_down_sync(0xffffffffu, row, by);
+            i64 other = shuffle_down(term, by);
+            u32 there = shuffle_down(row, by);
             if (lane + by < 32 && there == row) term += other;
         }
-        u32 before = __shfl_up_sync(0xffffffffu, row, 1);
-        if (here && (lane == 0 || before != row)) atomicAdd((u64 *)s.sums + first_sum + row, (u64)term);
+        u32 before = shuffle_up(row, 1);
+        if (here && (lane == 0 || before != row)) atomic_add((u64 *)s.sums + first_sum + row, (u64)term);
         place.slot += WARPS;
         if (place.slot >= p.slots) place.slot -= p.slots, place.parity ^= 1;
     }
@@ -551,14 +502,14 @@ DEVICE float result_of(const StepParams &p, const Shared &s, const StepMatrix &m
 enum Point : u32 { START = 0, INPUT = 1, MULTIPLIED = 2, WRITTEN = 3 };
 
 DEVICE void stamp(const StepParams &p, u32 phase, u32 point) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) p.times[phase * 4 + point] = clock64();
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.times[phase * 4 + point] = cycles();
 }
 
 /// E_w of this block's `i`th row of a phase; `first` are the rows before each matrix.
 DEVICE i16 exponent_at(const ProductPhase &product, const u32 first[4], u32 i) {
     u32 m = i < first[1] ? 0 : i < first[2] ? 1 : 2;
     const StepMatrix &matrix = product.matrix[m];
-    return __ldg(matrix.exponents + rows_of(matrix.rows).first + i - (m == 0 ? 0 : m == 1 ? first[1] : first[2]));
+    return load_constant(matrix.exponents + rows_of(matrix.rows).first + i - (m == 0 ? 0 : m == 1 ? first[1] : first[2]));
 }
 
 DEVICE void run_product(const StepParams &p, const Shared &s, const ProductPhase &product, const AttentionPhase &attention,
@@ -601,7 +552,7 @@ DEVICE void run_product(const StepParams &p, const Shared &s, const ProductPhase
         const StepMatrix &matrix = product.matrix[m];
         u32 row = rows_of(matrix.rows).first + i - (m == 0 ? 0 : m == 1 ? first[1] : first[2]);
         float y = result_of(p, s, matrix, i, row, ea);
-        if (product.epilogue == RESIDUAL) y = add(__ldcg(product.residual + row), y);
+        if (product.epilogue == RESIDUAL) y = add(load_shared_cache(product.residual + row), y);
         matrix.out[row] = y;
     }
 }
@@ -613,11 +564,11 @@ constexpr u32 PAIR = 2;
 
 /// One element of a head after Rope.
 DEVICE float turned(const float *x, u32 element, const float *table, u32 n_rot, u32 half_split) {
-    if (element >= n_rot) return __ldcg(x + element);
+    if (element >= n_rot) return load_shared_cache(x + element);
     u32 half = n_rot / 2, j = half_split ? element % half : element / 2;
     bool second = half_split ? element >= half : element & 1;
-    float x0 = __ldcg(x + (half_split ? j : 2 * j)), x1 = __ldcg(x + (half_split ? j + half : 2 * j + 1));
-    float c = __ldg(table + 2 * j), sn = __ldg(table + 2 * j + 1);
+    float x0 = load_shared_cache(x + (half_split ? j : 2 * j)), x1 = load_shared_cache(x + (half_split ? j + half : 2 * j + 1));
+    float c = load_constant(table + 2 * j), sn = load_constant(table + 2 * j + 1);
     return second ? fma(x0, sn, mul(x1, c)) : fma(x0, c, -mul(x1, sn));
 }
 
@@ -628,8 +579,8 @@ DEVICE void copy_values(const Shared &s, const u16 *values, u32 padded, u32 from
     u16 *to = s.values + (chunk & 1) * (VALUES / 4);
     const u16 *v = values + (size_t)begin * padded;
     for (u32 i = threadIdx.x * 8; i < (end - begin) * padded; i += CONSUMERS * 8)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i)), "l"(v + i) : "memory");
-    asm volatile("cp.async.commit_group;" ::: "memory");
+        copy_16(to + i, v + i);
+    end_copies();
 }
 
 DEVICE void run_attention(const StepParams &p, const Shared &s, const AttentionPhase &a, u32 sequence, u32 position) {
@@ -658,7 +609,7 @@ DEVICE void run_attention(const StepParams &p, const Shared &s, const AttentionP
                     what < n ? turned(a.query + (size_t)(head + what) * hd, element, table, a.n_rot, a.half_split) : 0.0f;
             } else if (newest) {
                 float x = what == PAIR ? turned(a.key + (size_t)kv_head * hd, element, table, a.n_rot, a.half_split)
-                                       : __ldcg(a.value + (size_t)kv_head * hd + element);
+                                       : load_shared_cache(a.value + (size_t)kv_head * hd + element);
                 u16 half = f16_of_f32(x);
                 bool finite = (half & 0x7fff) < 0x7c00;
                 if (!finite) report(p.fault, a.store_step);
@@ -728,7 +679,7 @@ DEVICE void run_attention(const StepParams &p, const Shared &s, const AttentionP
         for (u32 chunk = 0; chunk < chunks; chunk++) {
             u32 begin = from + chunk * room, stop = min(begin + room, stored);
             // Two groups of copies are under way; the older one is needed.
-            asm volatile("cp.async.wait_group 1;" ::: "memory");
+            await_copies_but<1>();
             meet();
             const u16 *v = s.values + (chunk & 1) * (VALUES / 4) + element;
             if (h < n) {
@@ -742,7 +693,7 @@ DEVICE void run_attention(const StepParams &p, const Shared &s, const AttentionP
             if (newest) o = fma(weights[stored], value[element], o);
             p.partial[((size_t)(head + h) * p.splits + split) * hd + element] = o;
         }
-        words_arrived();
+        await_copies();
     }
 }
 
@@ -760,29 +711,23 @@ DEVICE void run_merge(const StepParams &p, const AttentionPhase &a, u32 position
 
 // ---- a step ----
 
-DEVICE u64 nanoseconds() {
-    u64 now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    return now;
-}
-
 /// Copies the descriptor of a phase to shared memory, 54 words by one warp, without waiting for them.
 DEVICE void fetch(const StepParams &p, const Shared &s, u32 phase) {
     if (phase >= p.count) return;
     const u32 *from = (const u32 *)(p.phases + phase);
     u32 *to = (u32 *)((u8 *)s.phases + (phase & 1) * 224);
-    for (u32 i = threadIdx.x & 31; i < sizeof(Phase) / 4; i += 32) copy_word(to + i, from + i);
+    for (u32 i = threadIdx.x & 31; i < sizeof(Phase) / 4; i += 32) copy_4(to + i, from + i);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __grid_constant__ StepParams p) {
-    extern __shared__ __align__(128) u8 memory[];
+    DYNAMIC_SHARED(u8, memory, 128);
     Shared s = lay_out(memory, p);
     if (threadIdx.x == 0) {
         for (u32 i = 0; i < p.slots; i++) barrier_init(s.full + i, 1), barrier_init(s.empty + i, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_are_initialised();
     }
-    if (threadIdx.x >> 5 == 1) fetch(p, s, 0), words_arrived();
-    __syncthreads();
+    if (threadIdx.x >> 5 == 1) fetch(p, s, 0), await_copies();
+    meet_block();
     if (threadIdx.x >= CONSUMERS) {
         if (threadIdx.x == CONSUMERS) produce(p, s);
         return;
@@ -794,7 +739,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     u32 begin = 0, meetings = 0;
     u32 sequence = p.row->sequence, position = p.row->position;
     /// The last attention, which the product after it may have to merge.
-    __shared__ AttentionPhase kept;
+    SHARED(AttentionPhase, kept, );
     for (u32 i = 0; i < p.count; i++) {
         stamp(p, i, START);
         // The next descriptor arrives while this phase runs; the phase before last is done with its place.
@@ -812,14 +757,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
             run_product(p, s, phase.product, kept, position, i, begin, place);
         }
         stamp(p, i, WRITTEN);
-        words_arrived();
+        await_copies();
         if (i + 1 < p.count) meet_grid(p.arrived, ++meetings);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) p.times[p.count * 4 + 1] = nanoseconds();
     // The last block to get here leaves the counter as it was found. No block waits any more.
     if (threadIdx.x == 0) {
         u32 all = (meetings + 1) * gridDim.x;
-        if (atomicAdd(p.arrived, 1) == all - 1) *p.arrived = 0;
+        if (atomic_add(p.arrived, 1) == all - 1) *p.arrived = 0;
     }
 }
 
