@@ -5,108 +5,222 @@
     reason = "pages are mapped and protected by system calls, and seen as slices"
 )]
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
 use std::ptr::{NonNull, null_mut};
+use std::sync::{Mutex, PoisonError};
 
 use hoist_backend::Mapping;
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
+use rustix::mm::{
+    MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap_anonymous, mprotect, mremap_fixed, munmap,
+};
 
 use crate::Failure;
 
 /// What fills a buffer around the bytes that belong to the backend.
 const CANARY: u8 = 0xC5;
 
-/// Pages with one that may not be touched before and after them; the bytes end where the last one begins.
+/// What fills a buffer that was given back: whoever kept a pointer finds this there.
+const GONE: u8 = 0x9B;
+
+/// Regions of up to so many bytes are kept for the next buffer of their size, …
+const KEPT_REGION_BYTES: usize = 4 << 20;
+/// … as long as all that are kept have no more than this.
+const KEPT_BYTES: usize = 64 << 20;
+
+/// The same pages twice, once to be read and once to be written, each with a page before and after it that nobody may
+/// touch. Changing what may be done to pages costs a system call that halts every thread of the process, and the suite
+/// makes thousands of buffers a second: two views make those calls once a region instead of once a buffer.
 #[derive(Debug)]
-struct Pages {
-    base: NonNull<u8>,
-    /// Bytes of the whole mapping.
-    mapped: usize,
-    /// Where the accessible pages begin.
-    front: usize,
-    /// Where the bytes begin.
-    start: usize,
-    len: usize,
+struct Region {
+    read: NonNull<u8>,
+    write: NonNull<u8>,
+    /// Bytes of each view between its guards: whole pages.
+    usable: usize,
 }
 
 // SAFETY: the pages belong to this value alone, like a `Box<[u8]>`.
-unsafe impl Send for Pages {}
+unsafe impl Send for Region {}
 // SAFETY: as above; shared access only reads.
-unsafe impl Sync for Pages {}
+unsafe impl Sync for Region {}
 
-impl Pages {
-    fn new(len: usize) -> Result<Self, Failure> {
-        let page = rustix::param::page_size();
-        let failed = |found: String| Failure::new("a guarded buffer of the suite", "", "memory", found);
-        let usable = len.max(1).checked_next_multiple_of(page);
-        let mapped = usable
-            .and_then(|n| n.checked_add(2 * page))
-            .ok_or_else(|| failed(format!("no room for {len} bytes")))?;
-        // SAFETY: asks for new pages anywhere; nothing that exists is replaced.
-        let base = unsafe { mmap_anonymous(null_mut(), mapped, ProtFlags::empty(), MapFlags::PRIVATE) }
-            .map_err(|e| failed(e.to_string()))?;
-        let Some(base) = NonNull::new(base.cast::<u8>()) else {
-            return Err(failed("address 0".into()));
+fn failed(found: impl std::fmt::Display) -> Failure {
+    Failure::new("a guarded buffer of the suite", "", "memory", found)
+}
+
+/// Addresses for `usable` bytes between two pages, none of which may be touched. Returns where the first guard begins.
+fn reserve(usable: usize) -> Result<NonNull<u8>, Failure> {
+    let mapped = usable
+        .checked_add(2 * rustix::param::page_size())
+        .ok_or_else(|| failed(format!("no room for {usable} bytes")))?;
+    // SAFETY: asks for new pages anywhere; nothing that exists is replaced.
+    let base = unsafe { mmap_anonymous(null_mut(), mapped, ProtFlags::empty(), MapFlags::PRIVATE) }
+        .map_err(failed)?;
+    NonNull::new(base.cast::<u8>()).ok_or_else(|| failed("address 0"))
+}
+
+/// Gives back what [`reserve`] gave.
+fn release(base: NonNull<u8>, usable: usize) {
+    let mapped = usable + 2 * rustix::param::page_size();
+    // SAFETY: the whole reservation belongs to the caller, who drops the last value that names it.
+    let unmapped = unsafe { munmap(base.as_ptr().cast::<c_void>(), mapped) };
+    debug_assert!(unmapped.is_ok());
+}
+
+impl Region {
+    fn map(usable: usize) -> Result<Self, Failure> {
+        let read = reserve(usable)?;
+        let write = match reserve(usable) {
+            Ok(write) => write,
+            Err(e) => {
+                release(read, usable);
+                return Err(e);
+            }
         };
-        let usable = mapped - 2 * page;
-        let mut pages = Self {
-            base,
-            mapped,
-            front: page,
-            start: page + usable - len,
-            len,
+        // From here on what goes wrong is unmapped by `drop`.
+        let region = Self { read, write, usable };
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: replaces pages of the reservation that was just made and nothing points to.
+        let made = unsafe {
+            mmap_anonymous(
+                region.write_at(0).cast::<c_void>(),
+                usable,
+                ProtFlags::READ | ProtFlags::WRITE,
+                flags,
+            )
         };
-        pages.protect(MprotectFlags::READ | MprotectFlags::WRITE)?;
-        pages.front_mut().fill(CANARY);
-        Ok(pages)
+        let made = made.map_err(failed)?;
+        // SAFETY: an old size of 0 asks for a second view of shared pages; it takes the place of pages of the other
+        // reservation, which nothing points to.
+        unsafe {
+            mremap_fixed(
+                made,
+                0,
+                usable,
+                MremapFlags::MAYMOVE,
+                region.read_at(0).cast_mut().cast::<c_void>(),
+            )
+        }
+        .map_err(failed)?;
+        region.protect(MprotectFlags::READ)?;
+        Ok(region)
     }
 
-    fn protect(&mut self, flags: MprotectFlags) -> Result<(), Failure> {
-        let len = self.mapped - 2 * self.front;
-        // SAFETY: the offset lies inside the mapping.
-        let at = unsafe { self.base.as_ptr().add(self.front) };
-        // SAFETY: the range is whole pages of this mapping, which nothing borrows (`&mut self`).
-        unsafe { mprotect(at.cast::<c_void>(), len, flags) }
+    /// Changes what may be done through the view for reading.
+    fn protect(&self, flags: MprotectFlags) -> Result<(), Failure> {
+        let at = self.read_at(0).cast_mut().cast::<c_void>();
+        // SAFETY: the range is whole pages of this region, which the callers do not lend at the time.
+        unsafe { mprotect(at, self.usable, flags) }
             .map_err(|e| Failure::new("a guarded buffer of the suite", "", "mprotect", e))
     }
 
+    fn read_at(&self, offset: usize) -> *const u8 {
+        self.read
+            .as_ptr()
+            .wrapping_add(rustix::param::page_size() + offset)
+    }
+
+    fn write_at(&self, offset: usize) -> *mut u8 {
+        self.write
+            .as_ptr()
+            .wrapping_add(rustix::param::page_size() + offset)
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        release(self.read, self.usable);
+        release(self.write, self.usable);
+    }
+}
+
+/// Regions that no buffer uses, by their size.
+static KEPT: Mutex<(usize, BTreeMap<usize, Vec<Region>>)> = Mutex::new((0, BTreeMap::new()));
+
+/// Bytes of a region, which end where its second guard begins.
+#[derive(Debug)]
+struct Pages {
+    /// There until the value is dropped.
+    region: Option<Region>,
+    /// Where the bytes begin.
+    start: usize,
+    len: usize,
+    /// Nobody may touch the bytes any more.
+    retired: bool,
+}
+
+impl Pages {
+    /// The bytes are what a buffer before this one left.
+    fn new(len: usize) -> Result<Self, Failure> {
+        let usable = len
+            .max(1)
+            .checked_next_multiple_of(rustix::param::page_size())
+            .ok_or_else(|| failed(format!("no room for {len} bytes")))?;
+        let kept = {
+            let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+            let region = kept.1.get_mut(&usable).and_then(Vec::pop);
+            kept.0 -= region.as_ref().map_or(0, |r| r.usable);
+            region
+        };
+        let region = match kept {
+            Some(region) => region,
+            None => Region::map(usable)?,
+        };
+        Ok(Self {
+            region: Some(region),
+            start: usable - len,
+            len,
+            retired: false,
+        })
+    }
+
+    /// `len` bytes from `offset` on, to be read; none once the region is gone.
+    fn slice(&self, offset: usize, len: usize) -> &[u8] {
+        let Some(region) = &self.region else { return &[] };
+        // SAFETY: the range lies in the view, is initialised (anonymous pages are zero), and readable unless retired,
+        // when nothing hands out slices; it is written to only through `slice_mut`, which borrows exclusively.
+        unsafe { std::slice::from_raw_parts(region.read_at(offset), len) }
+    }
+
+    /// As `slice`, to be written.
+    fn slice_mut(&mut self, offset: usize, len: usize) -> &mut [u8] {
+        let Some(region) = &self.region else {
+            return &mut [];
+        };
+        // SAFETY: as in `slice`; the borrow is exclusive, so no slice of the other view exists.
+        unsafe { std::slice::from_raw_parts_mut(region.write_at(offset), len) }
+    }
+
     fn bytes(&self) -> &[u8] {
-        // SAFETY: the offset lies inside the mapping.
-        let at = unsafe { self.base.as_ptr().add(self.start) };
-        // SAFETY: `len` bytes from there are mapped, initialised (anonymous pages are zero) and readable whenever a
-        // value that hands out slices exists.
-        unsafe { std::slice::from_raw_parts(at, self.len) }
+        self.slice(self.start, self.len)
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: the offset lies inside the mapping.
-        let at = unsafe { self.base.as_ptr().add(self.start) };
-        // SAFETY: as in `bytes`, and writable: only `Writable`, and `ReadOnly` before it is sealed, call this.
-        unsafe { std::slice::from_raw_parts_mut(at, self.len) }
+        self.slice_mut(self.start, self.len)
     }
 
     fn front_bytes(&self) -> &[u8] {
-        // SAFETY: the offset lies inside the mapping.
-        let at = unsafe { self.base.as_ptr().add(self.front) };
-        // SAFETY: from there to `start` is mapped and readable.
-        unsafe { std::slice::from_raw_parts(at, self.start - self.front) }
+        self.slice(0, self.start)
     }
 
     fn front_mut(&mut self) -> &mut [u8] {
-        // SAFETY: the offset lies inside the mapping.
-        let at = unsafe { self.base.as_ptr().add(self.front) };
-        // SAFETY: from there to `start` is mapped and writable, and disjoint from `bytes`.
-        unsafe { std::slice::from_raw_parts_mut(at, self.start - self.front) }
+        self.slice_mut(0, self.start)
     }
 }
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        // SAFETY: the whole mapping belongs to this value; a backend that kept a pointer breaks the contract, and this
-        // is how it is found.
-        let unmapped = unsafe { munmap(self.base.as_ptr().cast::<c_void>(), self.mapped) };
-        debug_assert!(unmapped.is_ok());
+        self.bytes_mut().fill(GONE);
+        let Some(region) = self.region.take() else { return };
+        if self.retired || region.usable > KEPT_REGION_BYTES {
+            return;
+        }
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.0 + region.usable <= KEPT_BYTES {
+            kept.0 += region.usable;
+            kept.1.entry(region.usable).or_default().push(region);
+        }
     }
 }
 
@@ -122,7 +236,6 @@ impl ReadOnly {
     pub fn new(bytes: &[u8]) -> Result<Self, Failure> {
         let mut pages = Pages::new(bytes.len())?;
         pages.bytes_mut().copy_from_slice(bytes);
-        pages.protect(MprotectFlags::READ)?;
         Ok(Self(pages))
     }
 
@@ -132,17 +245,17 @@ impl ReadOnly {
     /// A failure of the suite itself.
     pub fn retire(self) -> Result<Retired, Failure> {
         let mut pages = self.0;
-        pages.protect(MprotectFlags::empty())?;
+        pages.retired = true;
+        if let Some(region) = &pages.region {
+            region.protect(MprotectFlags::empty())?;
+        }
         Ok(Retired(pages))
     }
 
     /// Overwrites the bytes: whoever kept a pointer finds others there.
-    ///
-    /// # Errors
-    /// A failure of the suite itself.
-    pub fn scribble(self) -> Result<Self, Failure> {
+    #[must_use]
+    pub fn scribble(self) -> Self {
         let mut pages = self.0;
-        pages.protect(MprotectFlags::READ | MprotectFlags::WRITE)?;
         let change = if crate::mutation::holds(crate::mutation::Rule::BytesChangeAfterUpload) {
             0xFF
         } else {
@@ -151,8 +264,7 @@ impl ReadOnly {
         for byte in pages.bytes_mut() {
             *byte ^= change;
         }
-        pages.protect(MprotectFlags::READ)?;
-        Ok(Self(pages))
+        Self(pages)
     }
 }
 
@@ -186,6 +298,7 @@ impl Writable {
     /// A failure of the suite itself, if there is no memory.
     pub fn new(len: usize) -> Result<Self, Failure> {
         let mut pages = Pages::new(len)?;
+        pages.front_mut().fill(CANARY);
         pages.bytes_mut().fill(CANARY);
         Ok(Self(pages))
     }
@@ -327,7 +440,7 @@ mod tests {
             let buffer = ReadOnly::new(&bytes).unwrap();
             assert_eq!(&buffer[..], bytes);
             assert!((buffer.as_ptr() as usize + len).is_multiple_of(4096));
-            let buffer = buffer.scribble().unwrap();
+            let buffer = buffer.scribble();
             assert!(buffer.iter().zip(&bytes).all(|(a, b)| *a == !*b));
         }
     }

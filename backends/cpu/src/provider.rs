@@ -1,3 +1,5 @@
+use std::sync::OnceLock;
+
 use hoist_backend::{DeviceInfo, Error, OpenOptions, Provider, Result, WeightBackend};
 
 use crate::backend::CpuBackend;
@@ -7,17 +9,22 @@ use crate::memory::SystemMemory;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CpuProvider;
 
-/// The processor's name, as Linux gives it.
+/// The processor's name, as Linux gives it; read once.
 pub(crate) fn device_name() -> String {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    text.lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or_else(|| std::env::consts::ARCH.into(), |(_, name)| name.trim().into())
+    static NAME: OnceLock<String> = OnceLock::new();
+    NAME.get_or_init(|| {
+        let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        text.lines()
+            .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+            .map_or_else(|| std::env::consts::ARCH.into(), |(_, name)| name.trim().into())
+    })
+    .clone()
 }
 
-/// Threads that the machine runs at once.
+/// Threads that the machine lets this process run at once; asked once, since the answer takes four files.
 pub(crate) fn parallelism() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    static THREADS: OnceLock<usize> = OnceLock::new();
+    *THREADS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 impl Provider for CpuProvider {

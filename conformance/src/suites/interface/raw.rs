@@ -475,7 +475,7 @@ impl Raw {
         // SAFETY: the bytes are valid for the call, or NULL, which it must survive.
         let answer = answer("upload", |record| unsafe { f(load, &chunk, record) })?;
         if let Some(buffer) = buffer {
-            buffer.scribble()?;
+            drop(buffer.scribble());
         }
         Ok(answer)
     }
