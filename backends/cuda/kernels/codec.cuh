@@ -2,8 +2,9 @@
 // block_* structs in ggml, as core/quant describes them.
 #pragma once
 
-#include "iq_grids.cuh"
 #include "numerics.cuh"
+
+#include "iq_grids.cuh"
 
 namespace hoist {
 
