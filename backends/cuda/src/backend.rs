@@ -10,7 +10,7 @@ use hoist_backend::{
     WorkspaceDims,
 };
 
-use crate::decode::{self, DeviceWeight, Engine};
+use crate::decode::{self, DeviceWeight, Engine, OneLaunch};
 use crate::digest::Hasher;
 use crate::driver::{self, Context, DeviceBuffer, Stream};
 use crate::layout::{Finisher, Mover, transposing_pieces};
@@ -82,6 +82,7 @@ pub struct CudaBackend {
     clearing: Option<JoinHandle<()>>,
     /// Bytes past which the driver is made to refuse page locking.
     pin_limit: Option<usize>,
+    one_launch: OneLaunch,
     hasher: Hasher,
     mover: Mover,
     // Handles last: they must outlive what is made of them.
@@ -95,7 +96,7 @@ impl CudaBackend {
     ///
     /// # Errors
     /// [`Error::Unavailable`]; [`Error::Unsupported`] for `import` and `force_scalar`; [`Error::InvalidArgument`] for 0
-    /// threads.
+    /// threads or a value of `HOIST_CUDA_ONE_LAUNCH` that is neither 0 nor 1.
     pub fn open(ordinal: u32, options: &OpenOptions) -> Result<Self> {
         let refuse = |what: &str| Error::Unsupported {
             backend: crate::NAME.into(),
@@ -110,6 +111,7 @@ impl CudaBackend {
         if options.threads == Some(0) {
             return Err(Error::invalid("threads", "at least 1", 0));
         }
+        let one_launch = OneLaunch::from_environment()?;
         // Before there is a context, which takes a third of a second.
         driver::probe()?;
         let preparation = Preparation::start(options.threads);
@@ -151,6 +153,7 @@ impl CudaBackend {
             equipment,
             clearing: None,
             pin_limit: None,
+            one_launch,
             hasher,
             mover,
             stream,
@@ -499,7 +502,7 @@ impl WeightBackend for CudaBackend {
         self.context.bind()?;
         let bytes = Engine::workspace_bytes(dims)?;
         self.admit("keys, values and workspace", bytes.kv + bytes.workspace)?;
-        self.engine = Some(Engine::new(&self.context, dims)?);
+        self.engine = Some(Engine::new(&self.context, dims, self.one_launch)?);
         self.workspace_bytes = bytes;
         self.lifecycle.enter(State::Ready);
         Ok(bytes)
@@ -577,6 +580,21 @@ impl CudaBackend {
         self.pin_limit = Some(bytes);
         // What was made without the limit is not used.
         drop(self.equipment.take().map(JoinHandle::join));
+    }
+
+    /// Decodes a token of a program of the llama kind in one launch, from the next workspace on: an experiment that the
+    /// variable `HOIST_CUDA_ONE_LAUNCH=1` turns on too. Its ring has at most `most_slots` slots, or as many as fit. The bits
+    /// are the same.
+    pub fn decode_in_one_launch(&mut self, most_slots: Option<u32>) {
+        self.one_launch = OneLaunch::On {
+            most_slots: most_slots.unwrap_or(u32::MAX),
+        };
+    }
+
+    /// Whether the prepared program decodes a token in one launch. For tests.
+    #[must_use]
+    pub fn decodes_in_one_launch(&self) -> bool {
+        self.engine.as_ref().is_some_and(Engine::in_one_launch)
     }
 
     /// Row exponents of a quantised weight, `[matrices · rows]`: `E_w` of `docs/numerics.md` §1.2. For tests.

@@ -280,7 +280,6 @@ pub(crate) struct Device {
     /// Multiprocessors.
     pub(crate) multiprocessors: u32,
     /// Most bytes of shared memory that a block can opt in to.
-    #[cfg(feature = "persistent-step")]
     pub(crate) shared_memory_optin: u32,
     /// PCI address, such as `0000:3b:00.0`.
     pub(crate) pci: String,
@@ -329,7 +328,6 @@ impl Device {
             total_memory: total as u64,
             capability,
             multiprocessors: count(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            #[cfg(feature = "persistent-step")]
             shared_memory_optin: count(
                 CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )?,

@@ -165,7 +165,6 @@ pub(crate) use arguments;
 
 impl Function {
     /// Lets the kernel use that many bytes of dynamic shared memory.
-    #[cfg(feature = "persistent-step")]
     pub(crate) fn allow_shared(&self, bytes: u32) -> Result<()> {
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let value =
@@ -175,7 +174,6 @@ impl Function {
     }
 
     /// Blocks of that many threads and bytes of dynamic shared memory that one multiprocessor holds at a time.
-    #[cfg(feature = "persistent-step")]
     pub(crate) fn blocks_per_multiprocessor(&self, threads: u32, shared: u32) -> Result<u32> {
         let mut blocks = 0;
         // SAFETY: the out pointer is valid and the handle is held.

@@ -6,7 +6,7 @@
 //! | `kernels` | which kernel serves which encoding |
 //! | `params` | what kernels take |
 //! | `steps` | each operation as launches |
-//! | `persistent` | a whole token of a llama-like program as one launch; only with the feature `persistent-step` |
+//! | `persistent` | a whole token of a llama-like program as one launch, where that is asked for |
 //! | `graph` | a step recorded once |
 //!
 //! Every operation runs for any number of tokens. A batch of one token that wants something is recorded as a graph when a
@@ -16,7 +16,6 @@
 mod graph;
 mod kernels;
 mod params;
-#[cfg(feature = "persistent-step")]
 mod persistent;
 mod steps;
 mod workspace;
@@ -30,7 +29,6 @@ use hoist_backend::{
 
 use self::graph::Graph;
 use self::params::Row;
-#[cfg(feature = "persistent-step")]
 use self::persistent::Persistent;
 use self::steps::Prepared;
 use self::workspace::Workspace;
@@ -71,6 +69,37 @@ impl<'a> DeviceWeight<'a> {
     }
 }
 
+/// Whether a token of a program of the llama kind runs in one launch; any other program does not, whatever is asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum OneLaunch {
+    /// Operation by operation.
+    #[default]
+    Off,
+    /// In one launch, with a ring of at most so many slots.
+    On {
+        /// Slots; `u32::MAX`: as many as shared memory holds.
+        most_slots: u32,
+    },
+}
+
+impl OneLaunch {
+    /// The variable of the environment that turns it on for everything that is opened: an experiment, off by default.
+    pub(crate) const VARIABLE: &str = "HOIST_CUDA_ONE_LAUNCH";
+
+    /// What the environment asks for.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] unless the variable is 0 or 1, or not set.
+    pub(crate) fn from_environment() -> Result<Self> {
+        match std::env::var_os(Self::VARIABLE) {
+            None => Ok(Self::Off),
+            Some(value) if value == "0" => Ok(Self::Off),
+            Some(value) if value == "1" => Ok(Self::On { most_slots: u32::MAX }),
+            Some(value) => Err(Error::invalid(Self::VARIABLE, "0 or 1", value.to_string_lossy())),
+        }
+    }
+}
+
 /// What no step has reported.
 const NO_FAULT: u32 = u32::MAX;
 
@@ -80,6 +109,9 @@ pub(crate) struct Engine {
     // Before what its kernels and memory belong to.
     graph: Option<Graph>,
     program: Option<Prepared>,
+    one_launch: OneLaunch,
+    /// Whether the recorded step is of that kind.
+    in_one_launch: bool,
     workspace: Workspace,
     stream: Stream,
     context: Arc<Context>,
@@ -92,11 +124,13 @@ impl Engine {
     }
 
     /// Takes all memory that decoding needs.
-    pub(crate) fn new(context: &Arc<Context>, dims: &WorkspaceDims) -> Result<Self> {
+    pub(crate) fn new(context: &Arc<Context>, dims: &WorkspaceDims, one_launch: OneLaunch) -> Result<Self> {
         context.bind()?;
         Ok(Self {
             graph: None,
             program: None,
+            one_launch,
+            in_one_launch: false,
             workspace: Workspace::new(context, dims)?,
             stream: Stream::new(context)?,
             context: Arc::clone(context),
@@ -127,19 +161,22 @@ impl Engine {
             at += bytes.len() as u64;
         }
         self.stream.synchronize()?;
-        #[cfg(feature = "persistent-step")]
-        let persistent = Persistent::new(
-            &self.context,
-            modules,
-            &self.stream,
-            &prepared.resolved,
-            &prepared.tables,
-            &self.workspace,
-            &weight,
-        )?;
+        let persistent = match self.one_launch {
+            OneLaunch::Off => None,
+            OneLaunch::On { most_slots } => Persistent::new(
+                &self.context,
+                modules,
+                &self.stream,
+                &prepared.resolved,
+                &prepared.tables,
+                &self.workspace,
+                most_slots,
+                &weight,
+            )?,
+        };
+        self.in_one_launch = persistent.is_some();
         self.graph = Some(Graph::record(&self.stream, || {
             self.upload_rows(1)?;
-            #[cfg(feature = "persistent-step")]
             if let Some(persistent) = &persistent {
                 prepared.launch(&self.stream, &self.workspace, 0..persistent.before, 1, None)?;
                 persistent.launch(&self.stream)?;
@@ -301,6 +338,11 @@ impl Engine {
         }
         self.workspace.lengths[sequence.0 as usize] = length;
         Ok(())
+    }
+
+    /// Whether a step of one token is one launch beside its embedding and arg-max.
+    pub(crate) fn in_one_launch(&self) -> bool {
+        self.in_one_launch
     }
 
     /// Tokens that a sequence holds.

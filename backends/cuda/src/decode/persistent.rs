@@ -468,7 +468,9 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
 }
 
 impl Persistent {
-    /// The program as phases, written to the workspace; `None` if it is not of the kind.
+    /// The program as phases, written to the workspace; `None` if it is not of the kind. The ring has at most `most_slots`
+    /// slots.
+    #[expect(clippy::too_many_arguments, reason = "all that decoding has, and a limit")]
     pub(super) fn new<'w>(
         context: &Arc<Context>,
         modules: &Modules,
@@ -476,6 +478,7 @@ impl Persistent {
         resolved: &ResolvedProgram,
         tables: &[u64],
         work: &Workspace,
+        most_slots: u32,
         weight: impl Fn(WeightId) -> Result<DeviceWeight<'w>>,
     ) -> Result<Option<Self>> {
         if context.device.capability < (9, 0) || work.dims.capacity.kv != KvDtype::F16 {
@@ -503,7 +506,7 @@ impl Persistent {
         let fixed = 2 * 224 + 320 * 4 + row_limit * 10 + segment_limit * (CODES + META) + VALUES + 128 + 32;
         // The kernel's own static shared memory counts too.
         let shared = context.device.shared_memory_optin.saturating_sub(256);
-        let slots = shared.saturating_sub(fixed) / (SLOT + 16) / WARPS * WARPS;
+        let slots = (shared.saturating_sub(fixed) / (SLOT + 16)).min(most_slots) / WARPS * WARPS;
         if slots == 0 {
             return Ok(None);
         }

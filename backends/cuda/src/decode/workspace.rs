@@ -6,7 +6,6 @@ use std::sync::Arc;
 use hoist_backend::{Error, Result, TokenRow, UnsupportedWhat, ValueKind, WorkspaceBytes, WorkspaceDims};
 
 use super::params::{CacheLayer, Row, SEGMENT_BYTES};
-#[cfg(feature = "persistent-step")]
 use super::persistent;
 use crate::driver::{Context, DeviceBuffer, PinnedBuffer};
 
@@ -45,7 +44,6 @@ struct Layout {
     sums: u64,
     partial: u64,
     /// What the persistent kernel keeps.
-    #[cfg(feature = "persistent-step")]
     control: u64,
     /// Tokens whose attention runs at once.
     attention_tokens: u32,
@@ -119,7 +117,6 @@ impl Layout {
             tables: dims.table_bytes,
             sums: sums.checked_mul(attention_tokens)?,
             partial: partial.checked_mul(attention_tokens)?,
-            #[cfg(feature = "persistent-step")]
             control: persistent::control_bytes(dims)?,
             attention_tokens: u32::try_from(attention_tokens).ok()?,
             kv,
@@ -136,7 +133,6 @@ impl Layout {
             self.tables,
             self.sums,
             self.partial,
-            #[cfg(feature = "persistent-step")]
             self.control,
         ];
         self.values.iter().copied().chain(rest)
@@ -206,7 +202,6 @@ pub(super) struct Workspace {
     pub(super) tables: u64,
     pub(super) sums: u64,
     pub(super) partial: u64,
-    #[cfg(feature = "persistent-step")]
     pub(super) control: u64,
     /// Bytes of `sums` and `partial`.
     pub(super) scratch: (u64, u64),
@@ -253,7 +248,6 @@ impl Workspace {
         };
         let [rows, kept, fault, parts, tables, sums, partial] =
             [part()?, part()?, part()?, part()?, part()?, part()?, part()?];
-        #[cfg(feature = "persistent-step")]
         let control = part()?;
         let positions = dims.capacity.max_context.next_multiple_of(KEY_BLOCK as u32);
         let mut base = kv.ptr();
@@ -280,7 +274,6 @@ impl Workspace {
             tables,
             sums,
             partial,
-            #[cfg(feature = "persistent-step")]
             control,
             scratch: (layout.sums, layout.partial),
             attention_tokens: layout.attention_tokens,
@@ -331,9 +324,7 @@ mod tests {
         // Values: 3 × 192, 3 × 4 × 304, 3 × 396; rows 48; kept 12; results 16; parts 3 × 512; tables; one split of
         // 4 heads × 8 bytes and of 48 × 4 bytes, for 3 tokens.
         let mut parts = vec![576, 3648, 1188, 48, 12, 16, 1536, 400, 96, 576u64];
-        if cfg!(feature = "persistent-step") {
-            parts.push(11 * (216 + 32) + 256 + 16);
-        }
+        parts.push(11 * (216 + 32) + 256 + 16);
         let sum: u64 = parts.iter().map(|n| n.next_multiple_of(256)).sum();
         assert_eq!(bytes.workspace, sum);
     }
