@@ -7,7 +7,7 @@ const HEADS: u32 = 2u;
 const SCALE: u32 = 3u;
 const WINDOW: u32 = 4u;
 const SOFT_CAP: u32 = 5u;
-// `[token][head][split][HEAD_DIM + 2]`: o, then m and l.
+// `[token][head][split][KV_HEAD_DIM + 2]`: o, then m and l.
 const PARTIAL: u32 = 6u;
 const SPLITS: u32 = 7u;
 
@@ -30,7 +30,7 @@ fn visible(row: u32) -> Visible {
 }
 
 fn partial_at(row: u32, head: u32, split: u32) -> u32 {
-    return param(PARTIAL) + ((row * param(HEADS) + head) * param(SPLITS) + split) * (param(HEAD_DIM) + 2u);
+    return param(PARTIAL) + ((row * param(HEADS) + head) * param(SPLITS) + split) * (param(KV_HEAD_DIM) + 2u);
 }
 
 @compute @workgroup_size(256)
@@ -40,7 +40,7 @@ fn attend(
 ) {
     let head = group.y;
     let row = group.z;
-    let head_dim = param(HEAD_DIM);
+    let head_dim = param(KV_HEAD_DIM);
     let seen = visible(row);
     let first_split = seen.first / SPLIT;
     let split = first_split + group.x;
@@ -132,7 +132,7 @@ fn merge(
 ) {
     let head = group.y;
     let row = group.z;
-    let head_dim = param(HEAD_DIM);
+    let head_dim = param(KV_HEAD_DIM);
     let seen = visible(row);
     let splits = seen.last / SPLIT - seen.first / SPLIT + 1u;
     if splits == 1u {

@@ -1,22 +1,22 @@
 // Bytes of `weights` at byte addresses.
 
 fn byte_at(at: u32) -> u32 {
-    return (weights[at >> 2u] >> ((at & 3u) * 8u)) & 255u;
+    return (weight_word(at >> 2u) >> ((at & 3u) * 8u)) & 255u;
 }
 
 // At an even address.
 fn half_at(at: u32) -> u32 {
-    return (weights[at >> 2u] >> ((at & 2u) * 8u)) & 0xffffu;
+    return (weight_word(at >> 2u) >> ((at & 2u) * 8u)) & 0xffffu;
 }
 
 fn unaligned_at(at: u32) -> u32 {
     let s = (at & 3u) * 8u;
     // Two shifts, since a shift by 32 is none.
-    return (weights[at >> 2u] >> s) | ((weights[(at + 3u) >> 2u] << 1u) << (31u - s));
+    return (weight_word(at >> 2u) >> s) | ((weight_word((at + 3u) >> 2u) << 1u) << (31u - s));
 }
 
 fn aligned_at(at: u32) -> u32 {
-    return weights[at >> 2u];
+    return weight_word(at >> 2u);
 }
 
 fn nibbles(word: u32, high: u32) -> u32 {
@@ -102,4 +102,37 @@ fn f16_scale(bits: u32) -> Scale {
     let exponent = (bits >> 10u) & 31u;
     let fraction = i32((bits & 0x3ffu) | select(0x400u, 0u, exponent == 0u));
     return Scale(select(fraction, -fraction, (bits & 0x8000u) != 0u), i32(max(exponent, 1u)) - 25);
+}
+
+// Sixteen weights, and sixteen more.
+struct Codes {
+    low: vec4<u32>,
+    high: vec4<u32>,
+}
+
+// Four words from an even address on.
+fn four_at(at: u32) -> vec4<u32> {
+    let s = (at & 3u) * 8u;
+    let i = at >> 2u;
+    let a = weight_word(i);
+    let b = weight_word(i + 1u);
+    let c = weight_word(i + 2u);
+    let d = weight_word(i + 3u);
+    let e = weight_word((at + 15u) >> 2u);
+    let low = vec4<u32>(a, b, c, d);
+    let high = vec4<u32>(b, c, d, e);
+    // Two shifts, since a shift by 32 is none.
+    return (low >> vec4<u32>(s)) | ((high << vec4<u32>(1u)) << vec4<u32>(31u - s));
+}
+
+fn nibbles_of(words: vec4<u32>, high: u32) -> vec4<u32> {
+    return (words >> vec4<u32>(4u * high)) & vec4<u32>(0x0f0f0f0fu);
+}
+
+fn less_of(codes: vec4<u32>, zero: u32) -> vec4<u32> {
+    return ((codes | vec4<u32>(0x80808080u)) - vec4<u32>(zero)) ^ vec4<u32>(0x80808080u);
+}
+
+fn dot16(a: vec4<u32>, b: vec4<u32>) -> i32 {
+    return dot4I8Packed(a.x, b.x) + dot4I8Packed(a.y, b.y) + dot4I8Packed(a.z, b.z) + dot4I8Packed(a.w, b.w);
 }

@@ -4,12 +4,12 @@
 const CACHE_F32: u32 = 16u;
 const CONTEXT: u32 = 17u;
 const KV_HEADS: u32 = 18u;
-const HEAD_DIM: u32 = 19u;
+const KV_HEAD_DIM: u32 = 19u;
 // Words from the keys to the values.
 const VALUES_AT: u32 = 20u;
 
 fn position_words() -> u32 {
-    return select((param(HEAD_DIM) + 1u) / 2u, param(HEAD_DIM), param(CACHE_F32) != 0u);
+    return select((param(KV_HEAD_DIM) + 1u) / 2u, param(KV_HEAD_DIM), param(CACHE_F32) != 0u);
 }
 
 fn cache_row(sequence: u32, head: u32, position: u32) -> u32 {

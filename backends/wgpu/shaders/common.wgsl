@@ -1,14 +1,13 @@
 // What every kernel binds. Values are f32 as bits, or integers; the kernel's parameters say where in `work` they lie.
 
 struct Params {
-    v: array<vec4<u32>, 8>,
+    v: array<vec4<u32>, 16>,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 // [0]: rows of this batch; from word 4 on, four words a row: token, sequence, position, row that it was before the tail.
 @group(0) @binding(1) var<storage, read> batch: array<u32>;
-@group(0) @binding(2) var<storage, read_write> work: array<u32>;
-@group(0) @binding(3) var<storage, read> weights: array<u32>;
+// [2]: `work`, values; [3]: `weights`. Words or vectors of four, as the kernel reads them.
 @group(0) @binding(4) var<storage, read> second: array<u32>;
 @group(0) @binding(5) var<storage, read> tables: array<u32>;
 @group(0) @binding(6) var<storage, read_write> cache: array<u32>;

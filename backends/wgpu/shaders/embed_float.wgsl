@@ -1,14 +1,12 @@
 // Rows of a float matrix, widened.
 
-const POSITIONS: u32 = 14u;
-
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     let row = select(row_token(id.z), row_position(id.z), param(POSITIONS) != 0u);
-    let first = param(PART_FIRST);
+    let first = part_param(PART_FIRST);
     let cols = param(COLS);
-    if row < first || row - first >= param(PART_ROWS) || id.x >= cols {
+    if row < first || row - first >= part_param(PART_ROWS) || id.x >= cols {
         return;
     }
-    work[param(OUT) + id.z * cols + id.x] = float_at(row_bytes_at(row), id.x);
+    set_word(part_param(OUT) + id.z * cols + id.x, float_at(row_bytes_at(row), id.x));
 }

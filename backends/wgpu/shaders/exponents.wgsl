@@ -7,14 +7,14 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
     let row = (group.y * groups.x + group.x) * 64u + thread;
-    if row >= param(PART_ROWS) {
+    if row >= part_param(PART_ROWS) {
         return;
     }
-    let bytes = row_bytes_at(param(PART_FIRST) + row);
+    let bytes = row_bytes_at(part_param(PART_FIRST) + row);
     let cols = param(COLS);
     var e = -32768;
     for (var s = 0u; s < param(SEGMENTS); s++) {
         e = max(e, segment_exponent(bytes + s * SEGMENT_BYTES, min(8u, (cols - 256u * s) >> 5u)));
     }
-    work[param(OUT) + row] = bitcast<u32>(e);
+    set_word(part_param(OUT) + row, bitcast<u32>(e));
 }

@@ -8,13 +8,11 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let row_target = target_row(group.y * groups.x + group.x, group.z);
+    let row = choose_part(group.y * groups.x + group.x, 0u);
+    let row_target = target_row(row, group.z);
     let cols = param(COLS);
     var vector = group.z;
-    var out = row_target.out;
-    if param(CHOICES) == 0u {
-        out += group.z * param(WIDTH);
-    } else {
+    if param(CHOICES) != 0u {
         vector = choice_vector(group.z);
     }
     var acc = 0u;
@@ -22,7 +20,7 @@ fn main(
         let bytes = row_bytes_at(row_target.flat);
         let x = param(X) + vector * cols;
         for (var i = thread; i < cols; i += 64u) {
-            acc = f_fma(float_at(bytes, i), work[x + i], acc);
+            acc = f_fma(float_at(bytes, i), work_word(x + i), acc);
         }
     }
     sums[thread] = acc;
@@ -33,10 +31,6 @@ fn main(
         }
     }
     if thread == 0u && row_target.valid {
-        var y = sums[0];
-        if param(BIAS) != NONE {
-            y = f_add(y, second[param(BIAS) + row_target.flat]);
-        }
-        work[out] = y;
+        deliver(row_target, group.z, sums[0]);
     }
 }

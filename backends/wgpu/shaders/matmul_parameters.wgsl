@@ -1,44 +1,73 @@
-// Parameters of matrix products. A part is a run of rows of a weight, counted over all of its matrices.
+// Parameters of matrix products. A part is a run of rows of a weight, counted over all of its matrices. A launch may have
+// several parts, of one encoding and one input dimension: whole matrices that multiply the same vectors.
 
 const X: u32 = 0u;
-const OUT: u32 = 1u;
-const ROW_BYTES: u32 = 2u;
-const ROWS: u32 = 3u;
-const COLS: u32 = 4u;
-const PART_BYTES: u32 = 5u;
-const PART_FIRST: u32 = 6u;
-const PART_ROWS: u32 = 7u;
-const PART_CONSTANTS: u32 = 8u;
-const LANES_LOG2: u32 = 9u;
-const WIDTH: u32 = 10u;
-const SEGMENTS: u32 = 11u;
-const BIAS: u32 = 12u;
-const STEP: u32 = 13u;
-const CHOICES: u32 = 14u;
-const EXPERTS: u32 = 15u;
-const SHARED: u32 = 16u;
-const PREFIX_BYTES: u32 = 17u;
+const ROW_BYTES: u32 = 1u;
+const ROWS: u32 = 2u;
+const COLS: u32 = 3u;
+const SEGMENTS: u32 = 4u;
+const LANES_LOG2: u32 = 5u;
+const PREFIX_BYTES: u32 = 6u;
+const CHOICES: u32 = 7u;
+const EXPERTS: u32 = 8u;
+const SHARED: u32 = 9u;
+// What is added to the result.
+const ADD: u32 = 10u;
+const PARTS: u32 = 11u;
+const POSITIONS: u32 = 12u;
+
+// Of each part, from word 16 on.
+const PART_BYTES: u32 = 0u;
+const PART_FIRST: u32 = 1u;
+const PART_ROWS: u32 = 2u;
+const PART_CONSTANTS: u32 = 3u;
+const OUT: u32 = 4u;
+const WIDTH: u32 = 5u;
+const BIAS: u32 = 6u;
+const STEP: u32 = 7u;
+const PART_WORDS: u32 = 8u;
 
 const NONE: u32 = 0xffffffffu;
+
+// Where the parameters of the part in hand are.
+var<private> part: u32 = 16u;
+
+fn part_param(i: u32) -> u32 {
+    return param(part + i);
+}
+
+// Finds the part of a workgroup, of 2^rows_log2 rows; the first row of the part that it has.
+fn choose_part(group: u32, rows_log2: u32) -> u32 {
+    var rest = group;
+    for (var i = 1u; i < param(PARTS); i++) {
+        let groups = (part_param(PART_ROWS) + (1u << rows_log2) - 1u) >> rows_log2;
+        if rest < groups {
+            break;
+        }
+        rest -= groups;
+        part += PART_WORDS;
+    }
+    return rest << rows_log2;
+}
 
 struct Target {
     // Row of the weight, counted over all matrices.
     flat: u32,
     valid: bool,
-    // Where the result goes, without the token's offset.
+    // Where the result goes, without what its token adds.
     out: u32,
 }
 
 // The row in hand: of the part, or of the expert that choice `z` names.
 fn target_row(row: u32, z: u32) -> Target {
-    let first = param(PART_FIRST);
-    let part_rows = param(PART_ROWS);
+    let first = part_param(PART_FIRST);
+    let part_rows = part_param(PART_ROWS);
     if param(CHOICES) == 0u {
-        return Target(first + row, row < part_rows, param(OUT) + first + row);
+        return Target(first + row, row < part_rows, first + row);
     }
     let rows = param(ROWS);
-    let flat = work[param(EXPERTS) + z] * rows + row;
-    return Target(flat, row < rows && flat >= first && flat - first < part_rows, param(OUT) + z * rows + row);
+    let flat = work_word(param(EXPERTS) + z) * rows + row;
+    return Target(flat, row < rows && flat >= first && flat - first < part_rows, z * rows + row);
 }
 
 // The vector that choice `z` reads.
@@ -47,8 +76,28 @@ fn choice_vector(z: u32) -> u32 {
 }
 
 fn row_bytes_at(flat: u32) -> u32 {
-    let first = param(PART_FIRST);
+    let first = part_param(PART_FIRST);
+    let bytes = part_param(PART_BYTES) + (flat - first) * param(ROW_BYTES);
+    if param(PREFIX_BYTES) == 0u {
+        return bytes;
+    }
     // A prefix stands in front of every matrix's first row.
-    let prefixes = (flat / param(ROWS) + 1u - (first + param(ROWS) - 1u) / param(ROWS)) * param(PREFIX_BYTES);
-    return param(PART_BYTES) + (flat - first) * param(ROW_BYTES) + prefixes;
+    let prefixes = flat / param(ROWS) + 1u - (first + param(ROWS) - 1u) / param(ROWS);
+    return bytes + prefixes * param(PREFIX_BYTES);
+}
+
+// A finished row of token `token`: bias, what is added, and out it goes.
+fn deliver(row_target: Target, token: u32, product: u32) {
+    var y = product;
+    if part_param(BIAS) != NONE {
+        y = f_add(y, second[part_param(BIAS) + row_target.flat]);
+    }
+    var place = row_target.out;
+    if param(CHOICES) == 0u {
+        place += token * part_param(WIDTH);
+    }
+    if param(ADD) != NONE {
+        y = f_add(y, work_word(param(ADD) + place));
+    }
+    set_word(part_param(OUT) + place, y);
 }

@@ -8,6 +8,13 @@ const EPSILON: u32 = 4u;
 const GAMMA: u32 = 5u;
 const BETA: u32 = 6u;
 const VECTORS: u32 = 7u;
+// What is added to the result.
+const ADD: u32 = 8u;
+// Where the quantised result goes, and the step that reports what is not finite.
+const RECORDS: u32 = 9u;
+const STEP: u32 = 10u;
+
+const NONE: u32 = 0xffffffffu;
 
 var<workgroup> sums: array<u32, 256>;
 
@@ -43,7 +50,11 @@ fn rms_norm(
     }
     let inverse = inverse_root(f_div(fold(thread, acc), param(N_FLOAT)));
     for (var i = thread; i < n; i += 256u) {
-        work[param(OUT) + at + i] = f_mul(f_mul(work[x + i], inverse), weights[param(GAMMA) + i]);
+        var y = f_mul(f_mul(work[x + i], inverse), weights[param(GAMMA) + i]);
+        if param(ADD) != NONE {
+            y = f_add(y, work[param(ADD) + at + i]);
+        }
+        work[param(OUT) + at + i] = y;
     }
 }
 

@@ -1,12 +1,13 @@
 // StoreKv (section 4 of the contract): a thread stores one word of a key and of a value.
 
-const KEY: u32 = 0u;
-const VALUE: u32 = 1u;
-const STEP: u32 = 2u;
+const KEY: u32 = 6u;
+const VALUES: u32 = 7u;
+const STEP: u32 = 8u;
 
-fn pack(at: u32, i: u32) -> u32 {
+// Elements as a word of the cache; keys are turned on their way, if they are not yet.
+fn pack(at: u32, i: u32, row: u32, key: bool) -> u32 {
     if param(CACHE_F32) != 0u {
-        let x = work[at + i];
+        let x = stored(at, i, row, key);
         if !is_finite(x) {
             non_finite(param(STEP));
         }
@@ -14,8 +15,8 @@ fn pack(at: u32, i: u32) -> u32 {
     }
     var out = 0u;
     for (var k = 0u; k < 2u; k++) {
-        if 2u * i + k < param(HEAD_DIM) {
-            let h = f32_to_f16(work[at + 2u * i + k]);
+        if 2u * i + k < param(KV_HEAD_DIM) {
+            let h = f32_to_f16(stored(at, 2u * i + k, row, key));
             if h == 0xffffffffu {
                 non_finite(param(STEP));
             }
@@ -25,16 +26,16 @@ fn pack(at: u32, i: u32) -> u32 {
     return out;
 }
 
-@compute @workgroup_size(64)
-fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+fn store(thread: u32, z: u32) {
     let words = position_words();
-    if id.x >= words * param(KV_HEADS) {
-        return;
-    }
-    let head = id.x / words;
-    let i = id.x % words;
-    let vector = (id.z * param(KV_HEADS) + head) * param(HEAD_DIM);
-    let row = cache_row(row_sequence(id.z), head, row_position(id.z)) + i;
-    cache[row] = pack(param(KEY) + vector, i);
-    cache[param(VALUES_AT) + row] = pack(param(VALUE) + vector, i);
+    let head = thread / words;
+    let i = thread % words;
+    let vector = (z * param(KV_HEADS) + head) * param(KV_HEAD_DIM);
+    let row = cache_row(row_sequence(z), head, row_position(z)) + i;
+    cache[row] = pack(param(KEY) + vector, i, z, true);
+    cache[param(VALUES_AT) + row] = pack(param(VALUES) + vector, i, z, false);
+}
+
+fn words_of_row() -> u32 {
+    return position_words() * param(KV_HEADS);
 }

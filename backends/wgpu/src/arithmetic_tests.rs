@@ -7,7 +7,7 @@ use hoist_backend::Error;
 use wgpu::BufferUsages;
 
 use crate::device::Gpu;
-use crate::pipelines::{Bindings, Pipelines};
+use crate::pipelines::Bindings;
 use crate::residency::read_mapped;
 use crate::shaders;
 
@@ -182,7 +182,7 @@ fn expected(op: u32, [a, b, c, _]: [u32; 4]) -> u32 {
 #[test]
 fn integer_arithmetic_is_ieee_754s() {
     let Some(gpu) = gpu() else { return };
-    let pipelines = Pipelines::new(&gpu);
+    let pipelines = &gpu.pipelines;
     let source = format!("{}\n{KERNEL}", shaders::arithmetic());
     let pipeline = pipelines.compile(&gpu, source, "main").unwrap();
     let operands = operands(1 << 16);
@@ -196,7 +196,7 @@ fn integer_arithmetic_is_ieee_754s() {
         .buffer("reader", nbytes, BufferUsages::MAP_READ | BufferUsages::COPY_DST)
         .unwrap();
     let parameters = gpu
-        .buffer("parameters", 128, BufferUsages::UNIFORM | BufferUsages::COPY_DST)
+        .buffer("parameters", 256, BufferUsages::UNIFORM | BufferUsages::COPY_DST)
         .unwrap();
     for op in 0..11u32 {
         gpu.queue.write_buffer(&work, 0, bytemuck::cast_slice(&operands));

@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use hoist_backend::{
     BackendInfo, Chunk, DecodeBackend, DecodeProgram, DeviceMemory, EncodingSet, Error, FloatLayout,
     IndexLayout, IndexReceipt, Lifecycle, Limits, LoadPlan, LoadReceipt, LoadWatch, MemoryByClass,
@@ -5,13 +7,10 @@ use hoist_backend::{
     TokenBatch, UnsupportedWhat, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource,
     WorkspaceBytes, WorkspaceDims,
 };
-use wgpu::{Buffer, BufferUsages};
 
 use crate::decode;
 use crate::device::{self, Gpu};
-use crate::grids;
 use crate::load;
-use crate::pipelines::Pipelines;
 use crate::program::{self, Compiled, Context};
 use crate::residency::{ALIGNMENT, ROW_BYTES, Residency};
 use crate::workspace::{self, Workspace};
@@ -27,9 +26,7 @@ pub struct WgpuBackend {
     threads: usize,
     /// Most bytes of a buffer that kernels bind.
     limit: u64,
-    gpu: Gpu,
-    pipelines: Pipelines,
-    grids: Option<Buffer>,
+    gpu: Arc<Gpu>,
     lifecycle: Lifecycle,
     residency: Option<Residency>,
     ledger: Option<UploadLedger>,
@@ -81,8 +78,7 @@ impl WgpuBackend {
             Some(n) => n as usize,
             None => std::thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS)),
         };
-        let gpu = Gpu::open(ordinal)?;
-        let pipelines = Pipelines::new(&gpu);
+        let gpu = Gpu::shared(ordinal)?;
         gpu.check("opening", 0)?;
         let mut backend = Self {
             info: BackendInfo {
@@ -107,8 +103,6 @@ impl WgpuBackend {
             threads,
             limit: gpu.binding_limit.min(limit),
             gpu,
-            pipelines,
-            grids: None,
             lifecycle: Lifecycle::default(),
             residency: None,
             ledger: None,
@@ -120,6 +114,12 @@ impl WgpuBackend {
         };
         backend.info.memory = backend.memory()?;
         Ok(backend)
+    }
+
+    /// Launches that a step of one token takes, if a program is prepared: what tests of fusion ask.
+    #[doc(hidden)]
+    pub fn launches(&self) -> Option<usize> {
+        self.program.as_ref().map(|p| p.body.len() + p.tail.len())
     }
 
     /// What this backend owns now, by class.
@@ -186,13 +186,20 @@ impl WgpuBackend {
     }
 }
 
+impl Drop for WgpuBackend {
+    fn drop(&mut self) {
+        // The device stays open for others.
+        self.clear();
+    }
+}
+
 impl WeightBackend for WgpuBackend {
     fn info(&self) -> &BackendInfo {
         &self.info
     }
 
     fn memory(&self) -> Result<MemoryInfo> {
-        self.gpu.check("memory", 0)?;
+        self.gpu.look("memory", 0)?;
         let (total, free) = self.device_memory();
         Ok(MemoryInfo {
             devices: vec![DeviceMemory {
@@ -274,7 +281,7 @@ impl WeightBackend for WgpuBackend {
     fn abort_load(&mut self) -> Result<()> {
         self.lifecycle.expect("abort_load", State::Loading)?;
         self.clear();
-        self.gpu.check("abort_load", 0)
+        self.gpu.look("abort_load", 0)
     }
 
     fn build_index(&mut self, layout: &IndexLayout) -> Result<IndexReceipt> {
@@ -355,7 +362,7 @@ impl WeightBackend for WgpuBackend {
 
     fn unload(&mut self) -> Result<()> {
         self.clear();
-        self.gpu.check("unload", 0)
+        self.gpu.look("unload", 0)
     }
 }
 
@@ -368,22 +375,11 @@ impl DecodeBackend for WgpuBackend {
             return Err(missing("workspace"));
         };
         let gpu = &self.gpu;
-        let grids = match &self.grids {
-            Some(grids) => grids,
-            None => {
-                let words = grids::words()?;
-                let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST;
-                let buffer = gpu.buffer("code books", 4 * words.len() as u64, usage)?;
-                gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&words));
-                self.grids.insert(buffer)
-            }
-        };
         let compiled = program::compile(
             program,
             Context {
                 gpu,
-                pipelines: &mut self.pipelines,
-                grids,
+                grids: gpu.grids()?,
                 index,
                 residency,
                 work,
@@ -397,7 +393,7 @@ impl DecodeBackend for WgpuBackend {
 
     fn forward(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>) -> Result<()> {
         self.lifecycle.expect("forward", State::Prepared)?;
-        let (Some(program), Some(work)) = (&self.program, &mut self.workspace) else {
+        let (Some(program), Some(work)) = (&mut self.program, &mut self.workspace) else {
             return Err(missing("program"));
         };
         decode::forward(&self.gpu, program, work, batch, out)

@@ -1,26 +1,34 @@
 //! Adapters, and an open device whose errors are values.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use hoist_backend::{DeviceInfo, Error, Result};
-use wgpu::{Adapter, Buffer, BufferDescriptor, BufferUsages, Device, DeviceType, Queue};
+use wgpu::{
+    Adapter, Buffer, BufferDescriptor, BufferUsages, Device, DeviceType, ErrorFilter, Instance, Limits, Queue,
+};
+
+use crate::grids;
+use crate::pipelines::Pipelines;
 
 /// Storage buffers that one kernel binds.
 const STORAGE_BUFFERS: u32 = 7;
 /// Threads of the largest workgroup.
 const INVOCATIONS: u32 = 256;
 /// Bytes of workgroup memory of the kernel that uses most.
-const WORKGROUP_BYTES: u32 = 8 << 10;
+const WORKGROUP_BYTES: u32 = 16 << 10;
 
-fn instance() -> wgpu::Instance {
-    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
-    wgpu::Instance::new(descriptor)
+/// The one instance of this process: what drivers load, they load once.
+fn instance() -> &'static Instance {
+    static INSTANCE: OnceLock<Instance> = OnceLock::new();
+    INSTANCE.get_or_init(|| {
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        descriptor.backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+        Instance::new(descriptor)
+    })
 }
 
-/// What an adapter lacks that the kernels need.
-fn lacks(adapter: &Adapter) -> Option<String> {
-    let limits = adapter.limits();
+/// What an adapter of such limits lacks that the kernels need.
+fn lacks(limits: &Limits) -> Option<String> {
     let needs = [
         (
             "storage buffers a kernel",
@@ -60,31 +68,41 @@ fn rank(adapter: &Adapter) -> u8 {
 /// [`Error::Unavailable`] if there is none, with what the others lack.
 pub(crate) fn adapters() -> Result<Vec<Adapter>> {
     let found = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()));
-    let mut lacking = Vec::new();
-    let mut adapters = Vec::new();
-    for adapter in found {
-        match lacks(&adapter) {
-            None => adapters.push(adapter),
-            Some(what) => lacking.push(format!("`{}` does not suffice: {what}", adapter.get_info().name)),
-        }
-    }
-    if adapters.is_empty() {
-        let reason = if lacking.is_empty() {
-            "no Vulkan, Metal or DX12 adapter was found".into()
-        } else {
-            lacking.join("; ")
-        };
-        return Err(Error::Unavailable {
-            backend: crate::NAME.into(),
-            reason,
-            hint: Some(
-                "install the GPU's Vulkan driver and libvulkan1; mesa-vulkan-drivers brings one that runs on the CPU"
-                    .into(),
-            ),
-        });
-    }
+    let found = found.into_iter().map(|adapter| {
+        let (name, limits) = (adapter.get_info().name, adapter.limits());
+        (adapter, name, limits)
+    });
+    let mut adapters = sufficient(found)?;
     adapters.sort_by_key(rank);
     Ok(adapters)
+}
+
+/// Those of some adapters that the kernels can run on.
+fn sufficient<A>(found: impl IntoIterator<Item = (A, String, Limits)>) -> Result<Vec<A>> {
+    let mut lacking = Vec::new();
+    let mut adapters = Vec::new();
+    for (adapter, name, limits) in found {
+        match lacks(&limits) {
+            None => adapters.push(adapter),
+            Some(what) => lacking.push(format!("`{name}` does not suffice: {what}")),
+        }
+    }
+    if !adapters.is_empty() {
+        return Ok(adapters);
+    }
+    let reason = if lacking.is_empty() {
+        "no Vulkan, Metal or DX12 adapter was found".into()
+    } else {
+        lacking.join("; ")
+    };
+    Err(Error::Unavailable {
+        backend: crate::NAME.into(),
+        reason,
+        hint: Some(
+            "install the GPU's Vulkan driver and libvulkan1; mesa-vulkan-drivers brings one that runs on the CPU"
+                .into(),
+        ),
+    })
 }
 
 /// The id on the command line of adapter `ordinal`.
@@ -197,7 +215,7 @@ fn lock(failures: &Failures) -> MutexGuard<'_, Option<Failure>> {
     failures.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// An open device.
+/// An open device. Backends of one process share it, and with it what was compiled for it.
 #[derive(Debug)]
 pub(crate) struct Gpu {
     pub(crate) adapter: Adapter,
@@ -208,10 +226,35 @@ pub(crate) struct Gpu {
     pub(crate) binding_limit: u64,
     /// Workgroups of one dimension.
     pub(crate) most_groups: u32,
+    pub(crate) pipelines: Pipelines,
+    grids: OnceLock<Buffer>,
     failures: Failures,
 }
 
+/// Devices that are open, by ordinal. They stay open: pipelines take longer to compile than anything else here.
+fn open_devices() -> MutexGuard<'static, Vec<Arc<Gpu>>> {
+    static OPEN: Mutex<Vec<Arc<Gpu>>> = Mutex::new(Vec::new());
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Gpu {
+    /// The device of adapter `ordinal`: the one that is open already, unless it was lost.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] without such an adapter, or if it cannot be opened.
+    pub(crate) fn shared(ordinal: u32) -> Result<Arc<Self>> {
+        let mut open = open_devices();
+        open.retain(|gpu| !gpu.is_lost());
+        let id = id(ordinal);
+        if let Some(gpu) = open.iter().find(|gpu| gpu.id == id) {
+            return Ok(Arc::clone(gpu));
+        }
+        let gpu = Arc::new(Self::open(ordinal)?);
+        open.push(Arc::clone(&gpu));
+        Ok(gpu)
+    }
+
+    /// A device of its own.
     pub(crate) fn open(ordinal: u32) -> Result<Self> {
         let adapters = adapters()?;
         let count = adapters.len();
@@ -242,12 +285,7 @@ impl Gpu {
         })?;
         let failures = Failures::default();
         let lost = Arc::clone(&failures);
-        device.set_device_lost_callback(move |reason, message| {
-            // We destroy devices ourselves when we are done with them.
-            if reason != wgpu::DeviceLostReason::Destroyed {
-                *lock(&lost) = Some(Failure::Lost(message));
-            }
-        });
+        device.set_device_lost_callback(move |_, message| *lock(&lost) = Some(Failure::Lost(message)));
         let uncaptured = Arc::clone(&failures);
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
             let failure = match error {
@@ -258,6 +296,7 @@ impl Gpu {
             // The first one is the cause; the loss of the device outweighs all.
             lock(&uncaptured).get_or_insert(failure);
         }));
+        let pipelines = Pipelines::new(&device);
         // Bindings are counted in words of 32 bits, and byte addresses are u32.
         let binding_limit = limits
             .max_storage_buffer_binding_size
@@ -272,8 +311,26 @@ impl Gpu {
             id: id(ordinal),
             binding_limit,
             most_groups: limits.max_compute_workgroups_per_dimension,
+            pipelines,
+            grids: OnceLock::new(),
             failures,
         })
+    }
+
+    /// Code books, as kernels read them.
+    pub(crate) fn grids(&self) -> Result<&Buffer> {
+        if let Some(grids) = self.grids.get() {
+            return Ok(grids);
+        }
+        let words = grids::words()?;
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_DST;
+        let buffer = self.buffer("code books", 4 * words.len() as u64, usage)?;
+        self.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&words));
+        Ok(self.grids.get_or_init(|| buffer))
+    }
+
+    fn is_lost(&self) -> bool {
+        matches!(*lock(&self.failures), Some(Failure::Lost(_)))
     }
 
     /// Reports what went wrong since the last time; a lost device stays lost.
@@ -286,14 +343,16 @@ impl Gpu {
                 *failure = Some(Failure::Lost(reason));
                 Err(error)
             }
-            Some(Failure::OutOfMemory(reason)) => Err(Error::OutOfMemory {
-                device: self.id.clone(),
-                what: format!("{what} ({reason})"),
-                needed,
-                available: memory(&self.adapter).free.unwrap_or(0),
-            }),
+            Some(Failure::OutOfMemory(reason)) => Err(self.out_of_memory(what, &reason, needed)),
             Some(Failure::Other(reason)) => Err(Error::internal(crate::NAME, format!("{what}: {reason}"))),
         }
+    }
+
+    /// As [`Gpu::check`], after a look at the device: that it is lost is told to nobody before.
+    pub(crate) fn look(&self, what: &str, needed: u64) -> Result<()> {
+        let polled = self.device.poll(wgpu::PollType::Poll);
+        self.check(what, needed)?;
+        polled.map(|_| ()).map_err(|e| self.lost(&e.to_string()))
     }
 
     pub(crate) fn lost(&self, reason: &str) -> Error {
@@ -308,15 +367,45 @@ impl Gpu {
     }
 
     pub(crate) fn buffer(&self, what: &str, bytes: u64, usage: BufferUsages) -> Result<Buffer> {
+        self.buffer_of(what, bytes, usage, false)
+    }
+
+    /// Mapped from the start, to be written.
+    pub(crate) fn mapped_buffer(&self, what: &str, bytes: u64) -> Result<Buffer> {
+        self.buffer_of(
+            what,
+            bytes,
+            BufferUsages::MAP_WRITE | BufferUsages::COPY_SRC,
+            true,
+        )
+    }
+
+    fn buffer_of(&self, what: &str, bytes: u64, usage: BufferUsages, mapped: bool) -> Result<Buffer> {
+        // What one backend cannot have is not told to another that shares the device.
+        let scope = self.device.push_error_scope(ErrorFilter::OutOfMemory);
         let buffer = self.device.create_buffer(&BufferDescriptor {
             label: Some(what),
-            // No API has empty buffers, and copies are in words.
-            size: bytes.max(16).next_multiple_of(4),
+            // No API has empty buffers, and kernels read vectors of four words.
+            size: bytes.max(16).checked_next_multiple_of(16).unwrap_or(u64::MAX),
             usage,
-            mapped_at_creation: false,
+            mapped_at_creation: mapped,
         });
-        self.check(what, bytes)?;
+        if let Some(error) = pollster::block_on(scope.pop()) {
+            // A lost device cannot allocate either.
+            self.check(what, bytes)?;
+            return Err(self.out_of_memory(what, &error.to_string(), bytes));
+        }
+        self.look(what, bytes)?;
         Ok(buffer)
+    }
+
+    fn out_of_memory(&self, what: &str, reason: &str, needed: u64) -> Error {
+        Error::OutOfMemory {
+            device: self.id.clone(),
+            what: format!("{what} ({reason})"),
+            needed,
+            available: memory(&self.adapter).free.unwrap_or(0),
+        }
     }
 
     /// Waits until everything that was submitted is done.
@@ -324,12 +413,6 @@ impl Gpu {
         let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
         self.check(what, 0)?;
         polled.map(|_| ()).map_err(|e| self.lost(&e.to_string()))
-    }
-
-    /// Forgets the device, as if it were lost: what tests of that path need.
-    #[cfg(test)]
-    pub(crate) fn lose(&self) {
-        *lock(&self.failures) = Some(Failure::Lost("as a test asked".into()));
     }
 }
 
@@ -339,10 +422,10 @@ mod tests {
     use crate::arithmetic_tests::gpu;
 
     #[test]
-    fn a_lost_device_stays_lost_and_is_named() {
+    fn a_device_that_is_lost_stays_lost_and_is_named() {
         let Some(gpu) = gpu() else { return };
         assert!(gpu.check("nothing", 0).is_ok());
-        gpu.lose();
+        gpu.device.destroy();
         for _ in 0..2 {
             let error = gpu.buffer("anything", 64, BufferUsages::COPY_DST).map(|_| ());
             match error {
@@ -350,6 +433,51 @@ mod tests {
                     assert_eq!(device, gpu.id);
                     assert!(!reason.is_empty());
                 }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn an_open_device_is_shared_until_it_is_lost() {
+        if gpu().is_none() {
+            return;
+        }
+        let first = Gpu::shared(0).unwrap();
+        assert!(Arc::ptr_eq(&first, &Gpu::shared(0).unwrap()));
+        *lock(&first.failures) = Some(Failure::Lost("as a test asked".into()));
+        let second = Gpu::shared(0).unwrap();
+        assert!(!Arc::ptr_eq(&first, &second));
+        assert!(second.check("nothing", 0).is_ok());
+    }
+
+    #[test]
+    fn adapters_that_lack_something_are_unavailable_and_it_is_named() {
+        let enough = Limits {
+            max_storage_buffers_per_shader_stage: STORAGE_BUFFERS,
+            max_compute_invocations_per_workgroup: INVOCATIONS,
+            max_compute_workgroup_storage_size: WORKGROUP_BYTES,
+            ..Limits::default()
+        };
+        let few = Limits {
+            max_storage_buffers_per_shader_stage: STORAGE_BUFFERS - 1,
+            ..enough.clone()
+        };
+        let found = |limits: &[&Limits]| {
+            let adapters = (0..).zip(limits);
+            sufficient(adapters.map(|(i, limits)| (i, format!("adapter {i}"), (*limits).clone())))
+        };
+        assert_eq!(found(&[&few, &enough]).unwrap(), [1]);
+        for (limits, said) in [
+            (&[][..], "was found"),
+            (&[&few], "`adapter 0` does not suffice: it has 6 storage buffers"),
+        ] {
+            match found(limits) {
+                Err(Error::Unavailable {
+                    reason,
+                    hint: Some(_),
+                    ..
+                }) => assert!(reason.contains(said), "{reason}"),
                 other => panic!("{other:?}"),
             }
         }

@@ -11,6 +11,7 @@ mod arithmetic_tests;
 mod backend;
 mod decode;
 mod device;
+mod fusion;
 mod grids;
 mod load;
 mod pipelines;

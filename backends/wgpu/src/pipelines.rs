@@ -1,12 +1,13 @@
 //! Compiled kernels.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, MutexGuard};
 
 use hoist_backend::{Error, Result};
 use wgpu::{
     BindGroup, BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindGroupLayoutDescriptor,
     BindGroupLayoutEntry, BindingResource, BindingType, Buffer, BufferBinding, BufferBindingType, BufferSize,
-    ComputePipeline, ComputePipelineDescriptor, PipelineCompilationOptions, PipelineLayout,
+    ComputePipeline, ComputePipelineDescriptor, Device, PipelineCompilationOptions, PipelineLayout,
     PipelineLayoutDescriptor, ShaderModuleDescriptor, ShaderRuntimeChecks, ShaderSource, ShaderStages,
 };
 
@@ -14,7 +15,7 @@ use crate::device::Gpu;
 use crate::shaders::Kernel;
 
 /// Bytes of a kernel's parameters.
-pub(crate) const PARAMETER_BYTES: u64 = 128;
+pub(crate) const PARAMETER_BYTES: u64 = 256;
 
 /// What a kernel binds; `common.wgsl` says the same.
 #[derive(Clone, Debug)]
@@ -30,15 +31,16 @@ pub(crate) struct Bindings<'a> {
     pub(crate) status: &'a Buffer,
 }
 
+/// Pipelines of a device, for every backend that has it open.
 #[derive(Debug)]
 pub(crate) struct Pipelines {
     bind_group: BindGroupLayout,
     layout: PipelineLayout,
-    made: HashMap<Kernel, ComputePipeline>,
+    made: Mutex<HashMap<Kernel, ComputePipeline>>,
 }
 
 impl Pipelines {
-    pub(crate) fn new(gpu: &Gpu) -> Self {
+    pub(crate) fn new(device: &Device) -> Self {
         let storage = |read_only| BufferBindingType::Storage { read_only };
         let types = [
             BufferBindingType::Uniform,
@@ -63,11 +65,11 @@ impl Pipelines {
                 count: None,
             })
             .collect();
-        let bind_group = gpu.device.create_bind_group_layout(&BindGroupLayoutDescriptor {
+        let bind_group = device.create_bind_group_layout(&BindGroupLayoutDescriptor {
             label: Some("kernels"),
             entries: &entries,
         });
-        let layout = gpu.device.create_pipeline_layout(&PipelineLayoutDescriptor {
+        let layout = device.create_pipeline_layout(&PipelineLayoutDescriptor {
             label: Some("kernels"),
             bind_group_layouts: &[Some(&bind_group)],
             immediate_size: 0,
@@ -75,21 +77,61 @@ impl Pipelines {
         Self {
             bind_group,
             layout,
-            made: HashMap::new(),
+            made: Mutex::default(),
         }
     }
 
+    fn made(&self) -> MutexGuard<'_, HashMap<Kernel, ComputePipeline>> {
+        self.made.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Compiles those of some kernels that have not been, on all processors.
+    pub(crate) fn prepare(&self, gpu: &Gpu, kernels: HashSet<Kernel>) -> Result<()> {
+        let missing: Vec<Kernel> = {
+            let made = self.made();
+            kernels.into_iter().filter(|k| !made.contains_key(k)).collect()
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let queue = Mutex::new(missing.iter());
+        let failed = Mutex::new(None);
+        let work = || {
+            loop {
+                let next = queue.lock().unwrap_or_else(|e| e.into_inner()).next();
+                let Some(kernel) = next else { return };
+                if let Err(error) = self.kernel(gpu, *kernel) {
+                    failed
+                        .lock()
+                        .unwrap_or_else(|e| e.into_inner())
+                        .get_or_insert(error);
+                    return;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..threads.min(missing.len()) {
+                // A thread that cannot be started is one fewer.
+                let _ = std::thread::Builder::new()
+                    .name("hoist-compile".into())
+                    .spawn_scoped(scope, work);
+            }
+            work();
+        });
+        failed
+            .into_inner()
+            .unwrap_or_else(|e| e.into_inner())
+            .map_or(Ok(()), Err)
+    }
+
     /// The pipeline of a kernel, compiled when it is first asked for.
-    pub(crate) fn kernel(&mut self, gpu: &Gpu, kernel: Kernel) -> Result<ComputePipeline> {
-        if let Some(made) = self.made.get(&kernel) {
+    pub(crate) fn kernel(&self, gpu: &Gpu, kernel: Kernel) -> Result<ComputePipeline> {
+        if let Some(made) = self.made().get(&kernel) {
             return Ok(made.clone());
         }
         let source = kernel
             .source()
             .ok_or_else(|| Error::internal(crate::NAME, format!("no kernel {kernel:?}")))?;
         let pipeline = self.compile(gpu, source, kernel.entry())?;
-        self.made.insert(kernel, pipeline.clone());
-        Ok(pipeline)
+        Ok(self.made().entry(kernel).or_insert(pipeline).clone())
     }
 
     /// Compiles a module of ours.

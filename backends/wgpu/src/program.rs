@@ -1,23 +1,34 @@
-//! A decode program as launches of kernels, checked against the index and the workspace, so that running it cannot go
-//! wrong but for what tokens and weights do.
+//! A decode program as launches of kernels.
+
+use std::collections::HashSet;
 
 use hoist_backend::{
-    ActivationKind, DecodeProgram, Encoding, Error, KvDtype, Op, OpKind, OpName, Result, RopeStyle, Shape,
-    TableId, UnsupportedWhat, ValueId, ValueKind, WeightClass, WeightIndex, WeightRef, WorkspaceDims,
+    ActivationKind, DecodeProgram, Encoding, Error, FloatLayout, KvDtype, OpName, ResolvedProgram, Result,
+    RopeStyle, StepKind, UnsupportedWhat, Want, WeightFacts, WeightIndex,
 };
-use wgpu::{BindGroup, Buffer, BufferUsages, ComputePipeline};
+use wgpu::{BindGroup, Buffer, BufferUsages, CommandBuffer, ComputePipeline};
 
 use crate::device::Gpu;
-use crate::pipelines::{Bindings, PARAMETER_BYTES, Pipelines};
+use crate::fusion::{Fused, MOST_PARTS, fuse};
+use crate::pipelines::{Bindings, PARAMETER_BYTES};
 use crate::residency::{Part, Residency, Resident};
-use crate::shaders::{Kernel, MAX_HEAD_DIM, THREADS};
+use crate::shaders::{Kernel, MAX_HEAD_DIM, PAIRS, PART_LOGITS, THREADS};
 use crate::workspace::{Workspace, attention_words, keys_words, value_words};
 
-/// No bias, no window, no soft cap.
+/// No bias, no window, no soft cap, nothing to add.
 const NONE: u32 = u32::MAX;
 
 /// Vectors that a matrix product takes at a time when there are several.
 const TILE: u32 = 4;
+
+/// Words of a kernel's parameters.
+const PARAMETER_WORDS: usize = (PARAMETER_BYTES / 4) as usize;
+
+/// Where the parameters of parts of matrices start, and how many words each has; `matmul_parameters.wgsl` says the same.
+const FIRST_PART: usize = 16;
+const PART_WORDS: usize = 8;
+
+const _: () = assert!(FIRST_PART + PART_WORDS * MOST_PARTS <= PARAMETER_WORDS);
 
 /// How many workgroups a launch has, as a function of the tokens in hand.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +59,15 @@ pub(crate) struct Launch {
     pub(crate) groups: Groups,
 }
 
+/// Commands for a step of one token.
+#[derive(Debug)]
+pub(crate) struct Ahead {
+    pub(crate) want: Want,
+    /// Splits that it sees in each of the program's windows.
+    pub(crate) splits: Vec<u32>,
+    pub(crate) commands: CommandBuffer,
+}
+
 /// A program ready to run.
 #[derive(Debug)]
 pub(crate) struct Compiled {
@@ -59,6 +79,10 @@ pub(crate) struct Compiled {
     pub(crate) steps: Vec<(OpName, Option<u32>)>,
     pub(crate) vocab: u32,
     pub(crate) logits: usize,
+    /// Windows of attention, each once.
+    pub(crate) windows: Vec<Option<u32>>,
+    /// The next step of one token, recorded while the one before it ran.
+    pub(crate) ahead: Option<Ahead>,
     /// Tokens that run together.
     pub(crate) tokens: usize,
     _parameters: Buffer,
@@ -69,7 +93,7 @@ pub(crate) struct Compiled {
 struct Draft {
     kernel: Kernel,
     several: Option<Kernel>,
-    parameters: [u32; 32],
+    parameters: [u32; PARAMETER_WORDS],
     weights: Option<usize>,
     second: Option<usize>,
     tables: Tables,
@@ -87,7 +111,7 @@ enum Tables {
 
 impl Draft {
     fn new(kernel: Kernel, groups: Groups, parameters: &[u32]) -> Self {
-        let mut all = [0; 32];
+        let mut all = [0; PARAMETER_WORDS];
         all[..parameters.len()].copy_from_slice(parameters);
         Self {
             kernel,
@@ -103,65 +127,6 @@ impl Draft {
     }
 }
 
-/// What an operation reads and writes.
-fn operands(kind: &OpKind) -> (Vec<ValueId>, Vec<ValueId>) {
-    match *kind {
-        OpKind::Embed { out, .. } | OpKind::EmbedPosition { out, .. } => (vec![], vec![out]),
-        OpKind::RmsNorm { input, out, .. }
-        | OpKind::LayerNorm { input, out, .. }
-        | OpKind::Quantise { input, out }
-        | OpKind::MatMul { input, out, .. }
-        | OpKind::Logits { input, out, .. }
-        | OpKind::Activation { input, out, .. }
-        | OpKind::Scale { input, out, .. }
-        | OpKind::SoftCap { input, out, .. } => (vec![input], vec![out]),
-        OpKind::Rope { value, .. } => (vec![value], vec![value]),
-        OpKind::StoreKv { key, value } => (vec![key, value], vec![]),
-        OpKind::Attention { query, out, .. } => (vec![query], vec![out]),
-        OpKind::Mul { a, b, out } | OpKind::Add { a, b, out } => (vec![a, b], vec![out]),
-        OpKind::RouterTopK {
-            logits,
-            experts,
-            weights,
-            ..
-        } => (vec![logits], vec![experts, weights]),
-        OpKind::ExpertMatMul {
-            input, experts, out, ..
-        } => (vec![input, experts], vec![out]),
-        OpKind::WeightedSum {
-            input,
-            experts,
-            weights,
-            out,
-        } => (vec![input, experts, weights], vec![out]),
-        // Unknown to this version: refused when it is compiled.
-        _ => (vec![], vec![]),
-    }
-}
-
-struct Compiler<'a> {
-    program: &'a DecodeProgram,
-    index: &'a WeightIndex,
-    residency: &'a Residency,
-    work: &'a Workspace,
-    table_at: Vec<u64>,
-    /// The operation in hand.
-    op: OpName,
-    layer: Option<u32>,
-    step: u32,
-    in_tail: bool,
-    written: Vec<bool>,
-    written_in_tail: Vec<bool>,
-    carried: Vec<usize>,
-    /// For values of experts: how many there are to choose from.
-    experts: Vec<u64>,
-    stored: Vec<bool>,
-    multiplied: Vec<usize>,
-    drafts: Vec<Draft>,
-    /// Tokens that can run together.
-    tokens: u64,
-}
-
 fn unsupported(what: UnsupportedWhat) -> Error {
     Error::Unsupported {
         backend: crate::NAME.into(),
@@ -174,17 +139,49 @@ fn word(n: u64) -> Result<u32> {
     u32::try_from(n).map_err(|_| Error::internal(crate::NAME, format!("a place of {n} words")))
 }
 
-impl Compiler<'_> {
-    fn refuse(&self, what: &str, expected: impl std::fmt::Display, found: impl std::fmt::Display) -> Error {
-        let layer = self.layer.map(|l| format!(" of layer {l}")).unwrap_or_default();
-        Error::invalid(format!("{what} of {}{layer}", self.op), expected, found)
-    }
+/// A matrix to multiply with: weight, bias, where the result goes, and the step that it is.
+#[derive(Clone, Copy)]
+struct Factor {
+    weight: usize,
+    bias: Option<usize>,
+    out: usize,
+    step: usize,
+}
 
-    fn kind(&self, id: ValueId) -> Result<(ValueKind, u64)> {
-        self.program
-            .value(id)
-            .map(|v| (v.kind, v.width.into()))
-            .ok_or_else(|| self.refuse("a value", "one of the program's", id.0))
+/// Choices of experts that a product follows.
+#[derive(Clone, Copy)]
+struct Choices {
+    experts: usize,
+    shared: bool,
+}
+
+/// Parts of matrices that one launch multiplies with.
+struct Batch {
+    encoding: Encoding,
+    common: [u32; FIRST_PART],
+    arena: usize,
+    biases: Option<usize>,
+    /// Workgroups.
+    groups: u64,
+    parts: Vec<[u32; PART_WORDS]>,
+}
+
+struct Compiler<'a> {
+    resolved: &'a ResolvedProgram,
+    residency: &'a Residency,
+    work: &'a Workspace,
+    table_at: Vec<u64>,
+    context: u32,
+    in_tail: bool,
+    drafts: Vec<Draft>,
+    windows: Vec<Option<u32>>,
+    /// Tokens that can run together.
+    tokens: u64,
+}
+
+impl Compiler<'_> {
+    fn width(&self, value: usize) -> u64 {
+        self.work.dims.values[value].1.into()
     }
 
     /// Where a value lies, in words.
@@ -192,105 +189,18 @@ impl Compiler<'_> {
         word(self.work.places.values[value])
     }
 
-    fn read(&mut self, id: ValueId) -> Result<usize> {
-        let value = id.0 as usize;
-        if !self.written.get(value).copied().unwrap_or(false) {
-            return Err(self.refuse(
-                "an input",
-                "a value that an earlier operation writes",
-                format!("value {value}"),
-            ));
-        }
-        if self.in_tail && !self.written_in_tail[value] && !self.carried.contains(&value) {
-            self.carried.push(value);
-        }
-        Ok(value)
+    fn kind(&self, step: usize) -> &StepKind {
+        &self.resolved.steps[step].kind
     }
 
-    fn write(&mut self, id: ValueId) -> usize {
-        let value = id.0 as usize;
-        self.written[value] = true;
-        self.written_in_tail[value] |= self.in_tail;
-        value
-    }
-
-    /// Reads f32; their place and width.
-    fn float(&mut self, id: ValueId) -> Result<(u32, u64)> {
-        match self.kind(id)? {
-            (ValueKind::F32, width) => {
-                let value = self.read(id)?;
-                Ok((self.place(value)?, width))
-            }
-            (kind, _) => Err(self.refuse("an input", "f32 values", format!("{kind:?}"))),
-        }
-    }
-
-    fn float_of(&mut self, id: ValueId, width: u64) -> Result<u32> {
-        let (place, found) = self.float(id)?;
-        if found == width {
-            Ok(place)
-        } else {
-            Err(self.refuse("width of an input", width, found))
-        }
-    }
-
-    /// Writes f32 of that width over no input; its place.
-    fn float_out(&mut self, id: ValueId, width: u64, inputs: &[ValueId]) -> Result<u32> {
-        match self.kind(id)? {
-            (ValueKind::F32, found) if found == width => {}
-            (kind, found) => {
-                return Err(self.refuse(
-                    "the output",
-                    format!("{width} f32"),
-                    format!("{found} of {kind:?}"),
-                ));
-            }
-        }
-        if inputs.contains(&id) {
-            return Err(self.refuse(
-                "the output",
-                "a value that is no input",
-                format!("value {}", id.0),
-            ));
-        }
-        let value = self.write(id);
-        self.place(value)
-    }
-
-    fn experts_of(&mut self, id: ValueId) -> Result<(u32, u64, usize)> {
-        match self.kind(id)? {
-            (ValueKind::Experts, k) => {
-                let value = self.read(id)?;
-                Ok((self.place(value)?, k, value))
-            }
-            (kind, _) => Err(self.refuse("an input", "experts", format!("{kind:?}"))),
-        }
-    }
-
-    fn weight(&self, weight: WeightRef) -> Result<(usize, &Resident)> {
-        let id = self.index.lookup(weight.layer, weight.role).ok_or_else(|| {
-            let layer = weight.layer.map(|l| format!(" of layer {l}")).unwrap_or_default();
-            self.refuse(
-                "a weight",
-                "one that the index holds",
-                format!("{}{layer}", weight.role),
-            )
-        })?;
-        Ok((id.index(), self.residency.weight(id)?))
-    }
-
-    /// An f32 vector of that length: its buffer, and its place there in words.
-    fn vector(&self, weight: WeightRef, len: u64) -> Result<(usize, u32)> {
-        let (_, resident) = self.weight(weight)?;
-        let is_vector = matches!(resident.class, WeightClass::Gamma | WeightClass::Bias);
-        match resident.parts.as_slice() {
-            [part] if is_vector && resident.shape == Shape::vector(len) => {
-                Ok((part.arena, word(part.at / 4)?))
-            }
-            _ => Err(self.refuse(
-                &format!("`{}`", resident.name),
-                format!("an f32 vector of {len}"),
-                format!("{} {} {:?}", resident.encoding, resident.shape, resident.class),
+    /// A vector's buffer, and its place there in words.
+    fn vector(&self, weight: usize) -> Result<(usize, u32)> {
+        match self.residency.weights[weight].parts.as_slice() {
+            [part] => Ok((part.arena, word(part.at / 4)?)),
+            // A vector is one row, which is never split.
+            parts => Err(Error::internal(
+                crate::NAME,
+                format!("a vector in {} parts", parts.len()),
             )),
         }
     }
@@ -300,27 +210,198 @@ impl Compiler<'_> {
         self.drafts.push(draft);
     }
 
-    fn embed(&mut self, weight: WeightRef, out: ValueId, rows: u64, positions: bool) -> Result<()> {
-        let width = self.kind(out)?.1;
-        let (id, resident) = self.weight(weight)?;
-        let shape = resident.shape;
-        if shape.matrices != 1 || shape.rows < rows || shape.cols != width {
-            return Err(self.refuse(
-                &format!("`{}`", resident.name),
-                format!("[≥ {rows}, {width}]"),
-                shape,
-            ));
+    fn unfit(&self, step: usize) -> Error {
+        Error::internal(crate::NAME, format!("step {step} is not what was fused"))
+    }
+
+    fn compile(&mut self, fused: &Fused) -> Result<()> {
+        match *fused {
+            Fused::Alone(step) => self.step(step),
+            Fused::NormAdd { norm, add } => {
+                let (StepKind::RmsNorm { out, .. }, StepKind::Add { a, b, out: sum }) =
+                    (self.kind(norm), self.kind(add))
+                else {
+                    return Err(self.unfit(norm));
+                };
+                let (other, sum) = (if a == out { *b } else { *a }, *sum);
+                self.norm(norm, Some((other, sum)), None)
+            }
+            Fused::NormQuantise { norm, quantise } => {
+                let (&StepKind::RmsNorm { out, weight, .. }, &StepKind::Quantise { cols, .. }) =
+                    (self.kind(norm), self.kind(quantise))
+                else {
+                    return Err(self.unfit(norm));
+                };
+                let width = self.width(out);
+                if self.residency.weights[weight].shape.cols == width && cols as u64 == width {
+                    return self.norm(norm, None, Some(quantise));
+                }
+                // Several vectors: a workgroup for each of them normalises, one for each segment quantises.
+                self.step(norm)?;
+                self.step(quantise)
+            }
+            Fused::Products(ref steps) => {
+                let mut factors = Vec::with_capacity(steps.len());
+                let mut from = None;
+                for step in steps.clone() {
+                    let &StepKind::MatMul {
+                        input,
+                        weight,
+                        bias,
+                        out,
+                    } = self.kind(step)
+                    else {
+                        return Err(self.unfit(step));
+                    };
+                    from = Some(input);
+                    factors.push(Factor {
+                        weight,
+                        bias,
+                        out,
+                        step,
+                    });
+                }
+                from.map_or(Ok(()), |input| self.products(input, &factors, None, None))
+            }
+            Fused::ProductAdd { product, add } => {
+                let (
+                    &StepKind::MatMul {
+                        input,
+                        weight,
+                        bias,
+                        out,
+                    },
+                    &StepKind::Add { a, b, out: sum },
+                ) = (self.kind(product), self.kind(add))
+                else {
+                    return Err(self.unfit(product));
+                };
+                let factor = Factor {
+                    weight,
+                    bias,
+                    out: sum,
+                    step: product,
+                };
+                self.products(input, &[factor], Some(if a == out { b } else { a }), None)
+            }
+            Fused::Gate { activation, mul } => self.gate(activation, mul, None),
+            Fused::GateQuantise {
+                activation,
+                mul,
+                quantise,
+            } => self.gate(activation, mul, Some(quantise)),
+            Fused::RopeStoreKv { query, store } => self.store(store, Some(query)),
         }
-        let (encoding, parts) = (resident.encoding, resident.parts.clone());
-        let mut common = self.matrix_parameters(id)?;
-        common[1] = self.float_out(out, width, &[])?;
-        common[14] = positions.into();
+    }
+
+    fn step(&mut self, step: usize) -> Result<()> {
+        match *self.kind(step) {
+            StepKind::Embed { weight, out } => self.embed(weight, out, false),
+            StepKind::EmbedPosition { weight, out } => self.embed(weight, out, true),
+            StepKind::RmsNorm { .. } | StepKind::LayerNorm { .. } => self.norm(step, None, None),
+            StepKind::Quantise { input, cols, out } => {
+                let x = self.place(input)?;
+                self.quantise(Kernel::Quantise, x, 0, cols, out, step)
+            }
+            StepKind::MatMul {
+                input,
+                weight,
+                bias,
+                out,
+            } => {
+                let factor = Factor {
+                    weight,
+                    bias,
+                    out,
+                    step,
+                };
+                self.products(input, &[factor], None, None)
+            }
+            StepKind::Rope { value, .. } => {
+                let mut parameters = [0; 6];
+                if self.rope_parameters(&mut parameters, step)? == 0 {
+                    return Ok(());
+                }
+                let pairs = self.pairs(step, value);
+                let groups = Groups::Tokens(word(pairs.div_ceil(THREADS))?, 1);
+                let mut draft = Draft::new(Kernel::Rope, groups, &parameters);
+                draft.tables = Tables::Rope;
+                self.push(draft);
+                Ok(())
+            }
+            StepKind::StoreKv { .. } => self.store(step, None),
+            StepKind::Attention { .. } => self.attention(step),
+            StepKind::Activation { input, kind, out } => {
+                let kernel = match kind {
+                    ActivationKind::Silu => Kernel::Silu,
+                    ActivationKind::GeluTanh => Kernel::GeluTanh,
+                };
+                self.elementwise(kernel, input, input, out, 0.0)
+            }
+            StepKind::Scale { input, factor, out } => {
+                self.elementwise(Kernel::Scale, input, input, out, factor)
+            }
+            StepKind::SoftCap { input, cap, out } => {
+                self.elementwise(Kernel::SoftCap, input, input, out, cap)
+            }
+            StepKind::Mul { a, b, out } => self.elementwise(Kernel::Mul, a, b, out, 0.0),
+            StepKind::Add { a, b, out } => self.elementwise(Kernel::Add, a, b, out, 0.0),
+            StepKind::RouterTopK {
+                logits,
+                normalise,
+                experts,
+                weights,
+            } => self.router(logits, normalise, experts, weights),
+            StepKind::ExpertMatMul {
+                input,
+                shared,
+                experts,
+                weight,
+                out,
+            } => {
+                let factor = Factor {
+                    weight,
+                    bias: None,
+                    out,
+                    step,
+                };
+                self.products(input, &[factor], None, Some(Choices { experts, shared }))
+            }
+            StepKind::WeightedSum {
+                input,
+                experts,
+                weights,
+                out,
+            } => {
+                let width = self.width(out);
+                let parameters = [
+                    self.place(input)?,
+                    word(width)?,
+                    word(self.width(experts))?,
+                    0,
+                    self.place(experts)?,
+                    self.place(weights)?,
+                    self.place(out)?,
+                ];
+                let groups = Groups::Tokens(word(width.div_ceil(THREADS))?, 1);
+                self.push(Draft::new(Kernel::WeightedSum, groups, &parameters));
+                Ok(())
+            }
+        }
+    }
+
+    fn embed(&mut self, weight: usize, out: usize, positions: bool) -> Result<()> {
+        let resident = &self.residency.weights[weight];
+        let (encoding, width) = (resident.encoding, resident.shape.cols);
+        let parts = resident.parts.clone();
+        let mut common = matrix_parameters(resident)?;
+        common[12] = positions.into();
         let each = if encoding.is_float() { 1 } else { 4 };
         let groups = Groups::Spread(width.div_ceil(each).div_ceil(THREADS), 1);
         for part in &parts {
-            let mut parameters = common;
-            part_parameters(&mut parameters, part)?;
-            let mut draft = Draft::new(Kernel::Embed(encoding), groups, &parameters);
+            let mut draft = Draft::new(Kernel::Embed(encoding), groups, &common);
+            let of_part = part_parameters(part, self.place(out)?, word(width)?, NONE, 0)?;
+            draft.parameters[FIRST_PART..FIRST_PART + PART_WORDS].copy_from_slice(&of_part);
             draft.weights = Some(part.arena);
             draft.tables = tables_of(encoding);
             self.push(draft);
@@ -328,130 +409,234 @@ impl Compiler<'_> {
         Ok(())
     }
 
-    /// Parameters that say what a matrix is.
-    fn matrix_parameters(&self, weight: usize) -> Result<[u32; 18]> {
-        let resident = &self.residency.weights[weight];
-        let mut p = [0; 18];
-        p[2] = word(resident.row_bytes())?;
-        p[3] = word(resident.shape.rows)?;
-        p[4] = word(resident.shape.cols)?;
-        p[11] = word(resident.shape.cols.div_ceil(256))?;
-        p[12] = NONE;
-        p[13] = self.step;
-        p[17] = word(resident.encoding.matrix_prefix_bytes())?;
-        Ok(p)
-    }
-
-    /// Checks a matrix against its input: its number, shape, and how many vectors the input holds.
-    fn matrix(&mut self, weight: WeightRef, input: ValueId) -> Result<(usize, Shape, u64)> {
-        let (kind, width) = self.kind(input)?;
-        let (id, resident) = self.weight(weight)?;
-        let (shape, encoding) = (resident.shape, resident.encoding);
-        let what = format!("the input for `{}`", resident.name);
-        let vectors = match (resident.class, kind) {
-            (WeightClass::Quantized, ValueKind::Quantized { vectors }) => {
-                hoist_quant::check_input_dimension(encoding, shape.cols).map_err(|_| {
-                    unsupported(UnsupportedWhat::Encoding {
-                        encoding,
-                        usage: "an input dimension of that size",
-                    })
-                })?;
-                if !self.multiplied.contains(&id) {
-                    self.multiplied.push(id);
-                }
-                u64::from(vectors)
-            }
-            (WeightClass::Float, ValueKind::F32) => {
-                if shape.cols > hoist_quant::MAX_COLS {
-                    return Err(unsupported(UnsupportedWhat::Limit {
-                        what: "an input dimension",
-                        limit: hoist_quant::MAX_COLS,
-                        found: shape.cols,
-                    }));
-                }
-                width / shape.cols
-            }
-            (class, kind) => {
-                return Err(self.refuse(
-                    &what,
-                    "quantised values for a quantised matrix, f32 for a float one",
-                    format!("{kind:?} for {class:?}"),
-                ));
-            }
-        };
-        if vectors == 0 || vectors.checked_mul(shape.cols) != Some(width) {
-            return Err(self.refuse(&what, format!("vectors of {}", shape.cols), width));
-        }
-        Ok((id, shape, vectors))
-    }
-
-    /// A product with every part of a weight. `experts`: place of the choices, how many a token, whether they share input.
-    fn product(
+    /// Products of one input with every part of some weights; those that can be run as one launch.
+    fn products(
         &mut self,
-        weight: usize,
-        input: ValueId,
-        bias: Option<WeightRef>,
-        out: (ValueId, u64),
-        experts: Option<(u32, u64, bool)>,
+        input: usize,
+        factors: &[Factor],
+        add: Option<usize>,
+        choices: Option<Choices>,
     ) -> Result<()> {
-        let resident = &self.residency.weights[weight];
-        let (encoding, shape) = (resident.encoding, resident.shape);
-        let parts = resident.parts.clone();
-        let bias = bias.map(|b| self.vector(b, shape.rows)).transpose()?;
-        let mut common = self.matrix_parameters(weight)?;
-        let value = self.read(input)?;
-        common[0] = self.place(value)?;
-        common[1] = self.float_out(out.0, out.1, &[input])?;
-        common[10] = word(out.1)?;
-        if let Some((_, at)) = bias {
-            common[12] = at;
+        let mut batches: Vec<Batch> = Vec::new();
+        for factor in factors {
+            let resident = &self.residency.weights[factor.weight];
+            let (encoding, shape) = (resident.encoding, resident.shape);
+            let bias = factor.bias.map(|b| self.vector(b)).transpose()?;
+            let width = word(self.width(factor.out))?;
+            let common = matrix_parameters(resident)?;
+            // What stands in front of matrices, and experts, is found by the rows of one matrix.
+            let alone = choices.is_some() || encoding.matrix_prefix_bytes() > 0;
+            for part in &resident.parts {
+                let rows = if choices.is_some() { shape.rows } else { part.rows };
+                let each = if encoding.is_quantized() {
+                    PAIRS >> lanes_log2(shape.cols)
+                } else {
+                    1
+                };
+                let groups = rows.div_ceil(each);
+                let parameters = part_parameters(
+                    part,
+                    self.place(factor.out)?,
+                    width,
+                    bias.map_or(NONE, |(_, at)| at),
+                    word(factor.step as u64)?,
+                )?;
+                let biases = bias.map(|(arena, _)| arena);
+                let fits = batches.iter_mut().find(|b| {
+                    !alone
+                        && b.encoding == encoding
+                        && b.common[3] == common[3]
+                        && b.arena == part.arena
+                        && (b.biases.is_none() || biases.is_none() || b.biases == biases)
+                        && b.parts.len() < MOST_PARTS
+                });
+                if let Some(batch) = fits {
+                    batch.biases = batch.biases.or(biases);
+                    batch.groups += groups;
+                    batch.parts.push(parameters);
+                } else {
+                    batches.push(Batch {
+                        encoding,
+                        common,
+                        arena: part.arena,
+                        biases,
+                        groups,
+                        parts: vec![parameters],
+                    });
+                }
+            }
         }
-        if let Some((place, k, shared)) = experts {
-            common[14] = word(k)?;
-            common[15] = place;
-            common[16] = shared.into();
-        }
-        let lanes_log2 = u64::from(common[11]).next_power_of_two().trailing_zeros().min(6);
-        common[9] = lanes_log2;
-        for part in &parts {
-            let mut parameters = common;
-            part_parameters(&mut parameters, part)?;
-            let rows = if experts.is_some() { shape.rows } else { part.rows };
-            let quantised = encoding.is_quantized();
-            let groups = if quantised {
-                rows.div_ceil(THREADS >> lanes_log2)
-            } else {
-                rows
+        for batch in batches {
+            let (encoding, mut common) = (batch.encoding, batch.common);
+            common[0] = self.place(input)?;
+            common[10] = add.map_or(Ok(NONE), |other| self.place(other))?;
+            common[11] = word(batch.parts.len() as u64)?;
+            let mut k = 0;
+            if let Some(Choices { experts, shared }) = choices {
+                k = word(self.width(experts))?;
+                common[7] = k;
+                common[8] = self.place(experts)?;
+                common[9] = shared.into();
+            }
+            let groups = match choices {
+                Some(_) => Groups::Choices(batch.groups, k),
+                None if encoding.is_quantized() => Groups::Spread(batch.groups, TILE),
+                None => Groups::Spread(batch.groups, 1),
             };
-            let (groups, several) = match experts {
-                Some((_, k, _)) => (Groups::Choices(groups, word(k)?), None),
-                None if quantised => (Groups::Spread(groups, TILE), Some(Kernel::MatMul(encoding, TILE))),
-                None => (Groups::Spread(groups, 1), None),
-            };
-            let mut draft = Draft::new(Kernel::MatMul(encoding, 1), groups, &parameters);
-            draft.several = several;
-            draft.weights = Some(part.arena);
-            draft.second = bias.map(|(arena, _)| arena);
+            let mut draft = Draft::new(Kernel::MatMul(encoding, 1), groups, &common);
+            for (i, part) in batch.parts.iter().enumerate() {
+                let at = FIRST_PART + i * PART_WORDS;
+                draft.parameters[at..at + PART_WORDS].copy_from_slice(part);
+            }
+            if choices.is_none() && encoding.is_quantized() && self.work.places.tokens > 1 {
+                draft.several = Some(Kernel::MatMul(encoding, TILE));
+            }
+            draft.weights = Some(batch.arena);
+            draft.second = batch.biases;
             draft.tables = tables_of(encoding);
             self.push(draft);
         }
         Ok(())
     }
 
-    fn kv(&self) -> Result<(usize, u64, u64)> {
-        let layer = self
-            .layer
-            .map(|l| l as usize)
-            .filter(|l| *l < self.program.kv.len());
-        let Some(layer) = layer else {
-            return Err(self.refuse(
-                "the layer",
-                format!("below {}", self.program.kv.len()),
-                format!("{:?}", self.layer),
-            ));
+    /// RmsNorm or LayerNorm; `add`: what is added to the result, and where the sum goes.
+    fn norm(&mut self, step: usize, add: Option<(usize, usize)>, quantise: Option<usize>) -> Result<()> {
+        let (input, out, eps, gamma, beta, mut kernel) = match *self.kind(step) {
+            StepKind::RmsNorm {
+                input,
+                weight,
+                eps,
+                out,
+            } => (input, out, eps, weight, None, Kernel::RmsNorm),
+            StepKind::LayerNorm {
+                input,
+                weight,
+                bias,
+                eps,
+                out,
+            } => (input, out, eps, weight, Some(bias), Kernel::LayerNorm),
+            _ => return Err(self.unfit(step)),
         };
-        let kv = self.program.kv[layer];
-        Ok((layer, kv.kv_heads.into(), kv.head_dim.into()))
+        let width = self.width(input);
+        let n = self.residency.weights[gamma].shape.cols;
+        let rows = word(width / n.max(1))?;
+        let gamma = self.vector(gamma)?;
+        let beta = beta.map(|b| self.vector(b)).transpose()?;
+        let mut parameters = [
+            self.place(input)?,
+            self.place(add.map_or(out, |(_, sum)| sum))?,
+            word(n)?,
+            (n as f32).to_bits(),
+            eps.to_bits(),
+            gamma.1,
+            beta.map_or(0, |b| b.1),
+            rows,
+            add.map_or(Ok(NONE), |(other, _)| self.place(other))?,
+            0,
+            0,
+        ];
+        if let Some(quantise) = quantise {
+            let &StepKind::Quantise { out, .. } = self.kind(quantise) else {
+                return Err(self.unfit(quantise));
+            };
+            kernel = Kernel::NormQuantise;
+            parameters[9] = self.place(out)?;
+            parameters[10] = word(quantise as u64)?;
+        }
+        let mut draft = Draft::new(kernel, Groups::Tokens(rows, 1), &parameters);
+        draft.weights = Some(gamma.0);
+        draft.second = beta.map(|b| b.0);
+        self.push(draft);
+        Ok(())
+    }
+
+    fn quantise(
+        &mut self,
+        kernel: Kernel,
+        x: u32,
+        y: u32,
+        cols: usize,
+        out: usize,
+        step: usize,
+    ) -> Result<()> {
+        let cols = cols as u64;
+        let vectors = word(self.width(out) / cols.max(1))?;
+        let parameters = [x, self.place(out)?, word(cols)?, vectors, word(step as u64)?, y];
+        let groups = Groups::Tokens(word(cols.div_ceil(256))?, vectors);
+        self.push(Draft::new(kernel, groups, &parameters));
+        Ok(())
+    }
+
+    fn gate(&mut self, activation: usize, mul: usize, quantise: Option<usize>) -> Result<()> {
+        let (&StepKind::Activation { input, kind, out }, &StepKind::Mul { a, b, out: product }) =
+            (self.kind(activation), self.kind(mul))
+        else {
+            return Err(self.unfit(activation));
+        };
+        let other = if a == out { b } else { a };
+        let Some(quantise) = quantise else {
+            let kernel = match kind {
+                ActivationKind::Silu => Kernel::SiluMul,
+                ActivationKind::GeluTanh => Kernel::GeluTanhMul,
+            };
+            return self.elementwise(kernel, input, other, product, 0.0);
+        };
+        let &StepKind::Quantise { cols, out, .. } = self.kind(quantise) else {
+            return Err(self.unfit(quantise));
+        };
+        let kernel = match kind {
+            ActivationKind::Silu => Kernel::SiluMulQuantise,
+            ActivationKind::GeluTanh => Kernel::GeluTanhMulQuantise,
+        };
+        let (x, y) = (self.place(input)?, self.place(other)?);
+        self.quantise(kernel, x, y, cols, out, quantise)
+    }
+
+    fn elementwise(&mut self, kernel: Kernel, a: usize, b: usize, out: usize, number: f32) -> Result<()> {
+        let width = self.width(out);
+        let parameters = [
+            self.place(a)?,
+            self.place(b)?,
+            self.place(out)?,
+            word(width)?,
+            number.to_bits(),
+        ];
+        self.push(Draft::new(kernel, Groups::Elements(width), &parameters));
+        Ok(())
+    }
+
+    /// Pairs of a value that a Rope turns.
+    fn pairs(&self, rope: usize, value: usize) -> u64 {
+        match *self.kind(rope) {
+            StepKind::Rope { head_dim, n_rot, .. } => {
+                self.width(value) / (head_dim as u64).max(1) * (n_rot as u64 / 2)
+            }
+            _ => 0,
+        }
+    }
+
+    /// The first six parameters of a Rope; how much of a head it turns.
+    fn rope_parameters(&self, parameters: &mut [u32], step: usize) -> Result<usize> {
+        let StepKind::Rope {
+            value,
+            table,
+            style,
+            head_dim,
+            n_rot,
+        } = *self.kind(step)
+        else {
+            return Err(self.unfit(step));
+        };
+        let half_split = style == RopeStyle::HalfSplit;
+        parameters[..6].copy_from_slice(&[
+            self.place(value)?,
+            word(self.width(value))?,
+            word(head_dim as u64)?,
+            word(n_rot as u64)?,
+            word(self.table_at[table])?,
+            half_split.into(),
+        ]);
+        Ok(n_rot)
     }
 
     /// Parameters that say where a layer's keys and values are.
@@ -466,352 +651,55 @@ impl Compiler<'_> {
         Ok(())
     }
 
-    /// Where a RoPE table starts, in words.
-    fn table(&self, id: TableId, n_rot: u32) -> Result<u32> {
-        let table = self
-            .program
-            .table(id)
-            .ok_or_else(|| self.refuse("the table", "one of the program's", id.0))?;
-        let values = u64::from(table.rows) * u64::from(table.cols);
-        if table.rows < self.program.max_context || table.cols != n_rot || table.data.len() as u64 != values {
-            return Err(self.refuse(
-                &format!("table `{}`", table.name),
-                format!("[≥ {}, {n_rot}]", self.program.max_context),
-                format!(
-                    "[{}, {}] with {} values",
-                    table.rows,
-                    table.cols,
-                    table.data.len()
-                ),
-            ));
-        }
-        word(self.table_at[id.0 as usize])
-    }
-
-    /// One input, one output, element by element.
-    fn unary(&mut self, kernel: Kernel, input: ValueId, out: ValueId, number: f32) -> Result<()> {
-        let (place, width) = self.float(input)?;
-        let out = self.float_out(out, width, &[input])?;
-        let parameters = [place, place, out, word(width)?, number.to_bits()];
-        self.push(Draft::new(kernel, Groups::Elements(width), &parameters));
-        Ok(())
-    }
-
-    /// Whether only the operation at `at + 1` reads what the one at `at` writes to `value`.
-    fn read_once(&self, at: usize, value: ValueId) -> bool {
-        if value == self.program.logits {
-            return false;
-        }
-        for op in self.program.ops.iter().skip(at + 2) {
-            let (reads, writes) = operands(&op.kind);
-            if reads.contains(&value) {
-                return false;
-            }
-            if writes.contains(&value) {
-                return true;
-            }
-        }
-        true
-    }
-
-    /// An activation whose result only the multiplication after it reads, as one kernel; whether that was done.
-    fn gate(&mut self, at: usize) -> Result<bool> {
-        let (Some(first), Some(second)) = (self.program.ops.get(at), self.program.ops.get(at + 1)) else {
-            return Ok(false);
+    /// StoreKv, and what turns its keys and the queries if that is fused.
+    fn store(&mut self, step: usize, rope: Option<usize>) -> Result<()> {
+        let StepKind::StoreKv { key, value, layer } = *self.kind(step) else {
+            return Err(self.unfit(step));
         };
-        let (OpKind::Activation { input, kind, out }, OpKind::Mul { a, b, out: product }) =
-            (&first.kind, &second.kind)
-        else {
-            return Ok(false);
-        };
-        let (input, out, product) = (*input, *out, *product);
-        let other = if *a == out { *b } else { *a };
-        let fits =
-            (*a == out || *b == out) && other != out && product != input && at + 1 != self.program.tail;
-        if !fits || !self.read_once(at, out) {
-            return Ok(false);
+        let mut parameters = [0; 21];
+        let mut threads = 0;
+        if let Some(rope) = rope {
+            self.rope_parameters(&mut parameters, rope)?;
+            if let StepKind::Rope { value, .. } = *self.kind(rope) {
+                threads = self.pairs(rope, value);
+            }
         }
-        let (x, width) = self.float(input)?;
-        // Checked as if it were written, so that both ways refuse the same programs.
-        self.float_out(out, width, &[input])?;
-        self.op = OpName::Mul;
-        let y = self.float_of(other, width)?;
-        let to = self.float_out(product, width, &[out, other])?;
-        let kernel = match kind {
-            ActivationKind::Silu => Kernel::SiluMul,
-            ActivationKind::GeluTanh => Kernel::GeluTanhMul,
+        parameters[6] = self.place(key)?;
+        parameters[7] = self.place(value)?;
+        parameters[8] = word(step as u64)?;
+        self.cache_parameters(&mut parameters, layer)?;
+        let dims = &self.work.dims;
+        let kv = dims.kv[layer];
+        threads += crate::workspace::position_words(kv, dims.capacity.kv) * u64::from(kv.kv_heads);
+        let groups = Groups::Tokens(word(threads.div_ceil(THREADS))?, 1);
+        let kernel = if rope.is_some() {
+            Kernel::RopeStoreKv
+        } else {
+            Kernel::StoreKv
         };
-        let parameters = [x, y, to, word(width)?];
-        self.push(Draft::new(kernel, Groups::Elements(width), &parameters));
-        Ok(true)
-    }
-
-    fn compile(&mut self, op: &Op) -> Result<()> {
-        match op.kind {
-            OpKind::Embed { weight, out } => self.embed(weight, out, self.program.vocab.into(), false),
-            OpKind::EmbedPosition { weight, out } => {
-                self.embed(weight, out, self.program.max_context.into(), true)
-            }
-            OpKind::RmsNorm {
-                input,
-                weight,
-                eps,
-                rows,
-                out,
-            } => {
-                let width = self.kind(input)?.1;
-                if rows == 0 || width % u64::from(rows) != 0 {
-                    return Err(self.refuse("rows", format!("a divisor of {width}"), rows));
-                }
-                self.norm(Kernel::RmsNorm, input, out, eps, rows, weight, None)
-            }
-            OpKind::LayerNorm {
-                input,
-                weight,
-                bias,
-                eps,
-                out,
-            } => self.norm(Kernel::LayerNorm, input, out, eps, 1, weight, Some(bias)),
-            OpKind::Quantise { input, out } => self.quantise(input, out),
-            OpKind::MatMul {
-                input,
-                weight,
-                bias,
-                out,
-            }
-            | OpKind::Logits {
-                input,
-                weight,
-                bias,
-                out,
-            } => {
-                let (weight, shape, vectors) = self.matrix(weight, input)?;
-                if vectors != 1 || shape.matrices != 1 {
-                    return Err(self.refuse(
-                        "operands",
-                        "one matrix and one vector",
-                        format!("{shape} and {vectors}"),
-                    ));
-                }
-                self.product(weight, input, bias, (out, shape.rows), None)
-            }
-            OpKind::Rope {
-                value,
-                table,
-                style,
-                heads,
-                n_rot,
-            } => {
-                let (place, width) = self.float(value)?;
-                let head_dim = width.checked_div(heads.into()).unwrap_or(0);
-                let whole = head_dim.checked_mul(heads.into()) == Some(width);
-                if head_dim == 0 || !whole || u64::from(n_rot) > head_dim || !n_rot.is_multiple_of(2) {
-                    let found = format!("{heads} heads of {width} in all, {n_rot} turned");
-                    return Err(self.refuse("heads", "equal heads, an even part of which is turned", found));
-                }
-                let table = self.table(table, n_rot)?;
-                self.write(value);
-                if n_rot == 0 {
-                    return Ok(());
-                }
-                let half_split = style == RopeStyle::HalfSplit;
-                let parameters = [
-                    place,
-                    word(width)?,
-                    word(head_dim)?,
-                    n_rot,
-                    table,
-                    half_split.into(),
-                ];
-                let pairs = u64::from(heads) * u64::from(n_rot / 2);
-                let groups = Groups::Tokens(word(pairs.div_ceil(THREADS))?, 1);
-                let mut draft = Draft::new(Kernel::Rope, groups, &parameters);
-                draft.tables = Tables::Rope;
-                self.push(draft);
-                Ok(())
-            }
-            OpKind::StoreKv { key, value } => {
-                let (layer, kv_heads, head_dim) = self.kv()?;
-                if self.in_tail {
-                    return Err(self.refuse("its place", "before the tail", "in the tail"));
-                }
-                self.stored[layer] = true;
-                let width = kv_heads * head_dim;
-                let mut parameters = [0; 21];
-                parameters[0] = self.float_of(key, width)?;
-                parameters[1] = self.float_of(value, width)?;
-                parameters[2] = self.step;
-                self.cache_parameters(&mut parameters, layer)?;
-                let dims = &self.work.dims;
-                let words = crate::workspace::position_words(dims.kv[layer], dims.capacity.kv) * kv_heads;
-                let groups = Groups::Tokens(word(words.div_ceil(THREADS))?, 1);
-                let mut draft = Draft::new(Kernel::StoreKv, groups, &parameters);
-                draft.cache = Some(layer);
-                self.push(draft);
-                Ok(())
-            }
-            OpKind::Attention {
-                query,
-                heads,
-                scale,
-                window,
-                soft_cap,
-                out,
-            } => self.attention(query, heads, scale, window, soft_cap, out),
-            OpKind::Activation { input, kind, out } => {
-                let kernel = match kind {
-                    ActivationKind::Silu => Kernel::Silu,
-                    ActivationKind::GeluTanh => Kernel::GeluTanh,
-                };
-                self.unary(kernel, input, out, 0.0)
-            }
-            OpKind::Scale { input, factor, out } => self.unary(Kernel::Scale, input, out, factor),
-            OpKind::SoftCap { input, cap, out } => self.unary(Kernel::SoftCap, input, out, cap),
-            OpKind::Mul { a, b, out } => self.binary(Kernel::Mul, a, b, out, &[a, b]),
-            OpKind::Add { a, b, out } => self.binary(Kernel::Add, a, b, out, &[]),
-            OpKind::RouterTopK {
-                logits,
-                k,
-                normalise,
-                experts,
-                weights,
-            } => self.router(logits, k, normalise, experts, weights),
-            OpKind::ExpertMatMul {
-                input,
-                experts,
-                weight,
-                out,
-            } => {
-                let (place, k, value) = self.experts_of(experts)?;
-                let (weight, shape, vectors) = self.matrix(weight, input)?;
-                if vectors != 1 && vectors != k {
-                    return Err(self.refuse("the input", format!("1 or {k} vectors"), vectors));
-                }
-                if shape.matrices < self.experts[value] {
-                    return Err(self.refuse(
-                        "experts",
-                        format!("at most {}", shape.matrices),
-                        self.experts[value],
-                    ));
-                }
-                let width = k.saturating_mul(shape.rows);
-                self.product(weight, input, None, (out, width), Some((place, k, vectors == 1)))
-            }
-            OpKind::WeightedSum {
-                input,
-                experts,
-                weights,
-                out,
-            } => {
-                let (place, k, _) = self.experts_of(experts)?;
-                let (x, width) = self.float(input)?;
-                let chosen = self.float_of(weights, k)?;
-                if k == 0 || width % k != 0 {
-                    return Err(self.refuse("width of the input", format!("a multiple of {k}"), width));
-                }
-                let out = self.float_out(out, width / k, &[input, weights])?;
-                let parameters = [x, word(width / k)?, word(k)?, 0, place, chosen, out];
-                let groups = Groups::Tokens(word((width / k).div_ceil(THREADS))?, 1);
-                self.push(Draft::new(Kernel::WeightedSum, groups, &parameters));
-                Ok(())
-            }
-            _ => Err(unsupported(UnsupportedWhat::Op(op.kind.name()))),
+        let mut draft = Draft::new(kernel, groups, &parameters);
+        draft.cache = Some(layer);
+        if rope.is_some() {
+            draft.tables = Tables::Rope;
         }
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the operands of one operation")]
-    fn norm(
-        &mut self,
-        kernel: Kernel,
-        input: ValueId,
-        out: ValueId,
-        eps: f32,
-        rows: u32,
-        gamma: WeightRef,
-        beta: Option<WeightRef>,
-    ) -> Result<()> {
-        let (x, width) = self.float(input)?;
-        let n = width / u64::from(rows);
-        let gamma = self.vector(gamma, n)?;
-        let beta = beta.map(|b| self.vector(b, n)).transpose()?;
-        let out = self.float_out(out, width, &[input])?;
-        let parameters = [
-            x,
-            out,
-            word(n)?,
-            (n as f32).to_bits(),
-            eps.to_bits(),
-            gamma.1,
-            beta.map_or(0, |b| b.1),
-            rows,
-        ];
-        let mut draft = Draft::new(kernel, Groups::Tokens(rows, 1), &parameters);
-        draft.weights = Some(gamma.0);
-        draft.second = beta.map(|b| b.0);
         self.push(draft);
         Ok(())
     }
 
-    fn quantise(&mut self, input: ValueId, out: ValueId) -> Result<()> {
-        let (x, width) = self.float(input)?;
-        let (ValueKind::Quantized { vectors }, found) = self.kind(out)? else {
-            return Err(self.refuse("the output", "quantised values", "another kind"));
+    fn attention(&mut self, step: usize) -> Result<()> {
+        let StepKind::Attention {
+            query,
+            heads,
+            scale,
+            window,
+            soft_cap,
+            out,
+            layer,
+        } = *self.kind(step)
+        else {
+            return Err(self.unfit(step));
         };
-        let cols = width.checked_div(vectors.into()).unwrap_or(0);
-        let whole = cols.checked_mul(vectors.into()) == Some(width) && cols.is_multiple_of(32);
-        if found != width || cols == 0 || !whole || cols > hoist_quant::MAX_COLS {
-            let expected = format!(
-                "{width} in vectors of a multiple of 32, up to {}",
-                hoist_quant::MAX_COLS
-            );
-            return Err(self.refuse("the output", expected, format!("{found} in {vectors} vectors")));
-        }
-        let value = self.write(out);
-        let parameters = [x, self.place(value)?, word(cols)?, vectors, self.step];
-        let groups = Groups::Tokens(word(cols.div_ceil(256))?, vectors);
-        self.push(Draft::new(Kernel::Quantise, groups, &parameters));
-        Ok(())
-    }
-
-    fn binary(
-        &mut self,
-        kernel: Kernel,
-        a: ValueId,
-        b: ValueId,
-        out: ValueId,
-        kept: &[ValueId],
-    ) -> Result<()> {
-        let (x, width) = self.float(a)?;
-        let y = self.float_of(b, width)?;
-        let out = self.float_out(out, width, kept)?;
-        let parameters = [x, y, out, word(width)?];
-        self.push(Draft::new(kernel, Groups::Elements(width), &parameters));
-        Ok(())
-    }
-
-    fn attention(
-        &mut self,
-        query: ValueId,
-        heads: u32,
-        scale: f32,
-        window: Option<u32>,
-        soft_cap: Option<f32>,
-        out: ValueId,
-    ) -> Result<()> {
-        let (layer, kv_heads, head_dim) = self.kv()?;
-        if !self.stored[layer] {
-            return Err(self.refuse("its place", "after the layer's store_kv", "before it"));
-        }
-        if kv_heads == 0 || head_dim == 0 || heads == 0 || u64::from(heads) % kv_heads != 0 {
-            return Err(self.refuse(
-                "heads",
-                format!("a multiple of {kv_heads} key/value heads"),
-                heads,
-            ));
-        }
-        if window == Some(0) {
-            return Err(self.refuse("window", "at least 1", 0));
-        }
+        let head_dim = u64::from(self.work.dims.kv[layer].head_dim);
         if head_dim > MAX_HEAD_DIM {
             return Err(unsupported(UnsupportedWhat::Limit {
                 what: "elements of a head",
@@ -819,32 +707,24 @@ impl Compiler<'_> {
                 found: head_dim,
             }));
         }
-        let width = u64::from(heads) * head_dim;
-        let q = self.float_of(query, width)?;
-        let out = self.float_out(out, width, &[query])?;
-        let context = self.program.max_context;
-        let token = attention_words(heads.into(), head_dim, context.into()).unwrap_or(u64::MAX);
-        let together = self.work.places.scratch_words / token.max(1);
-        if together == 0 {
-            return Err(unsupported(UnsupportedWhat::Limit {
-                what: "words of attention's scratch",
-                limit: self.work.places.scratch_words,
-                found: token,
-            }));
-        }
-        self.tokens = self.tokens.min(together);
+        let token = attention_words(heads as u64, head_dim, self.context.into()).unwrap_or(u64::MAX);
+        self.needs_scratch("words of attention's scratch", token)?;
+        let heads = word(heads as u64)?;
         let mut parameters = [0; 21];
         parameters[..8].copy_from_slice(&[
-            q,
-            out,
+            self.place(query)?,
+            self.place(out)?,
             heads,
             scale.to_bits(),
             window.unwrap_or(NONE),
             soft_cap.map_or(NONE, f32::to_bits),
             word(self.work.places.scratch)?,
-            context.div_ceil(crate::shaders::SPLIT as u32) + 1,
+            self.context.div_ceil(crate::shaders::SPLIT as u32) + 1,
         ]);
         self.cache_parameters(&mut parameters, layer)?;
+        if !self.windows.contains(&window) {
+            self.windows.push(window);
+        }
         for (kernel, groups) in [
             (Kernel::Attend, Groups::Attention(heads, window)),
             (Kernel::Merge, Groups::Merge(heads, window)),
@@ -856,53 +736,105 @@ impl Compiler<'_> {
         Ok(())
     }
 
-    fn router(
-        &mut self,
-        logits: ValueId,
-        k: u32,
-        normalise: bool,
-        experts: ValueId,
-        weights: ValueId,
-    ) -> Result<()> {
-        let (x, n) = self.float(logits)?;
-        let (ValueKind::Experts, found) = self.kind(experts)? else {
-            return Err(self.refuse("the output", "experts", "another kind"));
-        };
-        if found != u64::from(k) || k == 0 || u64::from(k) > n {
-            return Err(self.refuse("k", format!("1 … {n}, as many as the output holds ({found})"), k));
-        }
-        let together = self.work.places.scratch_words / n.max(1);
+    /// Lets no more tokens run together than have `words` of scratch each.
+    fn needs_scratch(&mut self, what: &'static str, words: u64) -> Result<()> {
+        let limit = self.work.places.scratch_words;
+        let together = limit / words.max(1);
         if together == 0 {
             return Err(unsupported(UnsupportedWhat::Limit {
-                what: "experts",
-                limit: self.work.places.scratch_words,
-                found: n,
+                what,
+                limit,
+                found: words,
             }));
         }
         self.tokens = self.tokens.min(together);
-        self.experts[experts.0 as usize] = n;
-        let value = self.write(experts);
-        let chosen = self.float_out(weights, k.into(), &[logits])?;
+        Ok(())
+    }
+
+    fn router(&mut self, logits: usize, normalise: bool, experts: usize, weights: usize) -> Result<()> {
+        let n = self.width(logits);
+        self.needs_scratch("experts", n)?;
         let parameters = [
-            x,
+            self.place(logits)?,
             word(n)?,
-            k,
+            word(self.width(experts))?,
             normalise.into(),
-            self.place(value)?,
-            chosen,
+            self.place(experts)?,
+            self.place(weights)?,
             word(self.work.places.scratch)?,
         ];
         self.push(Draft::new(Kernel::RouterTopK, Groups::Tokens(1, 1), &parameters));
         Ok(())
     }
+
+    /// The look at the logits that follows the last operation.
+    fn arg_max(&mut self) -> Result<()> {
+        let vocab = self.resolved.vocab as u64;
+        let parts = vocab.div_ceil(PART_LOGITS);
+        self.needs_scratch("words of the arg-max's scratch", 2 * parts)?;
+        let parameters = [
+            self.place(self.resolved.logits)?,
+            word(vocab)?,
+            word(self.work.places.arg_max)?,
+            word(self.resolved.steps.len() as u64)?,
+            word(self.work.places.scratch)?,
+            word(parts)?,
+        ];
+        let groups = Groups::Tokens(word(parts)?, 1);
+        self.push(Draft::new(Kernel::ArgMaxOfPart, groups, &parameters));
+        self.push(Draft::new(Kernel::ArgMax, Groups::Tokens(1, 1), &parameters));
+        Ok(())
+    }
+
+    /// Moves what the tail reads of earlier values to its tokens.
+    fn gathers(&self) -> Result<Vec<Draft>> {
+        let gather = |value: &usize| {
+            let (kind, width) = self.work.dims.values[*value];
+            let width = value_words(kind, width).unwrap_or(0);
+            let parameters = [self.place(*value)?, word(width)?];
+            let groups = Groups::Once(word(width.div_ceil(THREADS))?);
+            let mut draft = Draft::new(Kernel::Gather, groups, &parameters);
+            draft.in_tail = true;
+            Ok(draft)
+        };
+        self.resolved.carried.iter().map(gather).collect()
+    }
 }
 
-fn part_parameters(parameters: &mut [u32; 18], part: &Part) -> Result<()> {
-    parameters[5] = word(part.at)?;
-    parameters[6] = word(part.first)?;
-    parameters[7] = word(part.rows)?;
-    parameters[8] = word(part.constants / 4)?;
-    Ok(())
+/// Threads of a quantised product that share a row, as a power of two.
+fn lanes_log2(cols: u64) -> u32 {
+    cols.div_ceil(256)
+        .clamp(1, PAIRS)
+        .next_power_of_two()
+        .trailing_zeros()
+}
+
+/// Parameters that say what a matrix is.
+fn matrix_parameters(resident: &Resident) -> Result<[u32; FIRST_PART]> {
+    let cols = resident.shape.cols;
+    let mut p = [0; FIRST_PART];
+    p[1] = word(resident.row_bytes())?;
+    p[2] = word(resident.shape.rows)?;
+    p[3] = word(cols)?;
+    p[4] = word(cols.div_ceil(256))?;
+    p[5] = lanes_log2(cols);
+    p[6] = word(resident.encoding.matrix_prefix_bytes())?;
+    p[10] = NONE;
+    p[11] = 1;
+    Ok(p)
+}
+
+fn part_parameters(part: &Part, out: u32, width: u32, bias: u32, step: u32) -> Result<[u32; PART_WORDS]> {
+    Ok([
+        word(part.at)?,
+        word(part.first)?,
+        word(part.rows)?,
+        word(part.constants / 4)?,
+        out,
+        width,
+        bias,
+        step,
+    ])
 }
 
 fn tables_of(encoding: Encoding) -> Tables {
@@ -921,7 +853,6 @@ fn tables_of(encoding: Encoding) -> Tables {
 /// What compiling needs besides the program.
 pub(crate) struct Context<'a> {
     pub(crate) gpu: &'a Gpu,
-    pub(crate) pipelines: &'a mut Pipelines,
     pub(crate) grids: &'a Buffer,
     pub(crate) index: &'a WeightIndex,
     pub(crate) residency: &'a mut Residency,
@@ -932,106 +863,65 @@ pub(crate) struct Context<'a> {
 pub(crate) fn compile(program: &DecodeProgram, context: Context<'_>) -> Result<Compiled> {
     let Context {
         gpu,
-        pipelines,
         grids,
         index,
         residency,
         work,
     } = context;
-    let dims = &work.dims;
-    let wanted = WorkspaceDims::new(program, dims.capacity)?;
-    if wanted.values != dims.values
-        || wanted.kv != dims.kv
-        || wanted.vocab != dims.vocab
-        || wanted.table_bytes > dims.table_bytes
-    {
-        return Err(Error::invalid(
-            "program",
-            "the one whose dimensions the workspace has",
-            "another",
-        ));
-    }
-    if program.tail > program.ops.len() {
-        return Err(Error::invalid(
-            "tail of the program",
-            format!("at most {}", program.ops.len()),
-            program.tail,
-        ));
-    }
-    let values = program.values.len();
+    let resolved = ResolvedProgram::new(crate::NAME, program, &work.dims, index, |id| {
+        let weight = residency.weight(id)?;
+        Ok(WeightFacts {
+            name: &weight.name,
+            class: weight.class,
+            encoding: weight.encoding,
+            shape: weight.shape,
+            layout: FloatLayout::OutIn,
+        })
+    })?;
     let table_at = program.tables.iter().scan(0u64, |at, table| {
         let here = *at;
         *at += table.data.len() as u64;
         Some(here)
     });
     let mut compiler = Compiler {
-        program,
-        index,
+        resolved: &resolved,
         residency,
         work,
         table_at: table_at.collect(),
-        op: OpName::Embed,
-        layer: None,
-        step: 0,
+        context: program.max_context,
         in_tail: false,
-        written: vec![false; values],
-        written_in_tail: vec![false; values],
-        carried: Vec::new(),
-        experts: vec![0; values],
-        stored: vec![false; program.kv.len()],
-        multiplied: Vec::new(),
         drafts: Vec::new(),
+        windows: Vec::new(),
         tokens: work.places.tokens,
     };
-    let mut steps: Vec<_> = program.ops.iter().map(|op| (op.kind.name(), op.layer)).collect();
-    let mut at = 0;
-    while let Some(op) = program.ops.get(at) {
-        compiler.op = op.kind.name();
-        compiler.layer = op.layer;
-        compiler.step = word(at as u64)?;
-        compiler.in_tail = at >= program.tail;
-        if compiler.gate(at)? {
-            at += 2;
-        } else {
-            compiler.compile(op)?;
-            at += 1;
-        }
+    let [body, tail] = resolved.parts();
+    for fused in fuse(&resolved, body) {
+        compiler.compile(&fused)?;
     }
-    compiler.op = OpName::Logits;
-    compiler.layer = None;
     compiler.in_tail = true;
-    let logits = compiler.float_of(program.logits, program.vocab.into())?;
-    let layer = program
-        .ops
-        .iter()
-        .rfind(|op| op.kind.name() == OpName::Logits)
-        .and_then(|op| op.layer);
-    steps.push((OpName::Logits, layer));
-    let arg_max = [
-        logits,
-        program.vocab,
-        word(work.places.arg_max)?,
-        word(program.ops.len() as u64)?,
-    ];
-    compiler.push(Draft::new(Kernel::ArgMax, Groups::Tokens(1, 1), &arg_max));
-    let mut gathers = Vec::new();
-    for value in &compiler.carried {
-        let (kind, width) = dims.values[*value];
-        let width = value_words(kind, width).unwrap_or(0);
-        let parameters = [compiler.place(*value)?, word(width)?];
-        let groups = Groups::Once(word(width.div_ceil(THREADS))?);
-        let mut draft = Draft::new(Kernel::Gather, groups, &parameters);
-        draft.in_tail = true;
-        gathers.push(draft);
+    for fused in fuse(&resolved, tail) {
+        compiler.compile(&fused)?;
     }
+    compiler.arg_max()?;
+    let gathers = compiler.gathers()?;
     let Compiler {
         drafts,
-        multiplied,
+        windows,
         tokens,
         ..
     } = compiler;
-    for weight in multiplied {
-        row_constants(gpu, pipelines, grids, residency, work, weight)?;
+    let mut kernels: HashSet<Kernel> = drafts
+        .iter()
+        .chain(&gathers)
+        .flat_map(|draft| [Some(draft.kernel), draft.several])
+        .flatten()
+        .collect();
+    let pending = |weight: &&usize| !residency.weights[**weight].constants_done;
+    let constants = resolved.multiplied.iter().filter(pending);
+    kernels.extend(constants.map(|w| Kernel::Exponents(residency.weights[*w].encoding)));
+    gpu.pipelines.prepare(gpu, kernels)?;
+    for weight in &resolved.multiplied {
+        row_constants(gpu, grids, residency, work, *weight)?;
     }
     let mut data = Vec::with_capacity(program.tables.iter().map(|t| t.data.len()).sum());
     for table in &program.tables {
@@ -1043,37 +933,39 @@ pub(crate) fn compile(program: &DecodeProgram, context: Context<'_>) -> Result<C
     }
     let bound = Bound {
         gpu,
-        pipelines,
         grids,
         residency,
         work,
         parameters: parameters(gpu, drafts.iter().chain(&gathers))?,
     };
-    let mut body = Vec::new();
-    let mut tail = Vec::new();
-    let mut gather = Vec::new();
-    let mut bound = bound;
+    let mut launches = Vec::with_capacity(drafts.len());
     for (i, draft) in drafts.iter().enumerate() {
-        let launch = bound.launch(draft, i)?;
-        if draft.in_tail {
-            tail.push(launch);
-        } else {
-            body.push(launch);
-        }
+        launches.push(bound.launch(draft, i)?);
     }
+    let tail = launches.split_off(drafts.iter().take_while(|d| !d.in_tail).count());
+    let mut gather = Vec::new();
     for (i, draft) in gathers.iter().enumerate() {
         gather.push(bound.launch(draft, drafts.len() + i)?);
     }
     let parameters = bound.parameters;
     gpu.queue.submit([]);
     gpu.check("preparing a program", 0)?;
+    let mut steps: Vec<_> = resolved.steps.iter().map(|s| (s.op, s.layer)).collect();
+    let layer = resolved
+        .steps
+        .iter()
+        .rfind(|s| s.op == OpName::Logits)
+        .and_then(|s| s.layer);
+    steps.push((OpName::Logits, layer));
     Ok(Compiled {
-        body,
+        body: launches,
         gather,
         tail,
         steps,
         vocab: program.vocab,
-        logits: program.logits.0 as usize,
+        logits: resolved.logits,
+        windows,
+        ahead: None,
         tokens: tokens.max(1) as usize,
         _parameters: parameters,
     })
@@ -1099,7 +991,6 @@ fn parameters<'a>(gpu: &Gpu, drafts: impl Iterator<Item = &'a Draft>) -> Result<
 
 struct Bound<'a> {
     gpu: &'a Gpu,
-    pipelines: &'a mut Pipelines,
     grids: &'a Buffer,
     residency: &'a Residency,
     work: &'a Workspace,
@@ -1107,7 +998,7 @@ struct Bound<'a> {
 }
 
 impl Bound<'_> {
-    fn launch(&mut self, draft: &Draft, place: usize) -> Result<Launch> {
+    fn launch(&self, draft: &Draft, place: usize) -> Result<Launch> {
         let work = self.work;
         let [read, written] = &work.nothing;
         let arena = |a: Option<usize>| a.map_or(read, |a| &self.residency.arenas[a]);
@@ -1129,13 +1020,13 @@ impl Bound<'_> {
             cache: draft.cache.map_or(written, |layer| &work.caches[layer]),
             status: &work.status,
         };
-        let bindings = self.pipelines.bind(self.gpu, &bindings)?;
+        let bindings = self.gpu.pipelines.bind(self.gpu, &bindings)?;
         Ok(Launch {
             several: draft
                 .several
-                .map(|kernel| self.pipelines.kernel(self.gpu, kernel))
+                .map(|kernel| self.gpu.pipelines.kernel(self.gpu, kernel))
                 .transpose()?,
-            pipeline: self.pipelines.kernel(self.gpu, draft.kernel)?,
+            pipeline: self.gpu.pipelines.kernel(self.gpu, draft.kernel)?,
             bindings,
             groups: draft.groups,
         })
@@ -1145,7 +1036,6 @@ impl Bound<'_> {
 /// Computes what is kept beside the rows of a quantised weight, once.
 fn row_constants(
     gpu: &Gpu,
-    pipelines: &mut Pipelines,
     grids: &Buffer,
     residency: &mut Residency,
     work: &Workspace,
@@ -1156,23 +1046,19 @@ fn row_constants(
         return Ok(());
     }
     let kernel = Kernel::Exponents(resident.encoding);
-    let pipeline = pipelines.kernel(gpu, kernel)?;
+    let pipeline = gpu.pipelines.kernel(gpu, kernel)?;
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
     for part in &resident.parts {
-        let mut p = [0; 18];
-        p[2] = word(resident.row_bytes())?;
-        p[3] = word(resident.shape.rows)?;
-        p[4] = word(resident.shape.cols)?;
-        p[11] = word(resident.shape.cols.div_ceil(256))?;
-        p[17] = word(resident.encoding.matrix_prefix_bytes())?;
-        part_parameters(&mut p, part)?;
+        let common = matrix_parameters(resident)?;
         let groups = Groups::Spread(part.rows.div_ceil(THREADS), 1);
-        let draft = Draft::new(kernel, groups, &p);
+        let mut draft = Draft::new(kernel, groups, &common);
+        let of_part = part_parameters(part, 0, 0, NONE, 0)?;
+        draft.parameters[FIRST_PART..FIRST_PART + PART_WORDS].copy_from_slice(&of_part);
         let parameters = parameters(gpu, std::iter::once(&draft))?;
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
         let found = gpu.buffer("row constants", 4 * part.rows, usage)?;
         let [read, written] = &work.nothing;
-        let bindings = pipelines.bind(
+        let bindings = gpu.pipelines.bind(
             gpu,
             &Bindings {
                 parameters: (&parameters, 0),

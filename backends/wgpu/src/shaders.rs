@@ -8,20 +8,33 @@ const COMMON: &str = include_str!("../shaders/common.wgsl");
 const SOFT_FLOAT: &str = include_str!("../shaders/softfloat.wgsl");
 const BYTES: &str = include_str!("../shaders/bytes.wgsl");
 const RECORD_LAYOUT: &str = include_str!("../shaders/record.wgsl");
+const WORDS: &str = include_str!("../shaders/words.wgsl");
+const VECTORS: &str = include_str!("../shaders/vectors.wgsl");
+const WEIGHT_WORDS: &str = include_str!("../shaders/weight_words.wgsl");
+const WEIGHT_VECTORS: &str = include_str!("../shaders/weight_vectors.wgsl");
+const SLICES: &str = include_str!("../shaders/slices.wgsl");
+const SLICE_SCALES: &str = include_str!("../shaders/slice_scales.wgsl");
 const SUPER_BLOCK: &str = include_str!("../shaders/super_block.wgsl");
+const SUPER_BLOCK_PRODUCT: &str = include_str!("../shaders/super_block_product.wgsl");
 const SCALED_BLOCK: &str = include_str!("../shaders/scaled_block.wgsl");
+const SCALED_BLOCK_PRODUCT: &str = include_str!("../shaders/scaled_block_product.wgsl");
 const MATMUL_PARAMETERS: &str = include_str!("../shaders/matmul_parameters.wgsl");
 const MATMUL_QUANTISED: &str = include_str!("../shaders/matmul_quantised.wgsl");
 const MATMUL_FLOAT: &str = include_str!("../shaders/matmul_float.wgsl");
 const EXPONENTS: &str = include_str!("../shaders/exponents.wgsl");
 const EMBED_QUANTISED: &str = include_str!("../shaders/embed_quantised.wgsl");
 const EMBED_FLOAT: &str = include_str!("../shaders/embed_float.wgsl");
+const QUANTISE_SEGMENT: &str = include_str!("../shaders/quantise_segment.wgsl");
 const QUANTISE: &str = include_str!("../shaders/quantise.wgsl");
 const NORM: &str = include_str!("../shaders/norm.wgsl");
+const NORM_QUANTISE: &str = include_str!("../shaders/norm_quantise.wgsl");
 const ELEMENTWISE: &str = include_str!("../shaders/elementwise.wgsl");
 const ROPE: &str = include_str!("../shaders/rope.wgsl");
+const ROPE_ALONE: &str = include_str!("../shaders/rope_alone.wgsl");
+const ROPE_STORE_KV: &str = include_str!("../shaders/rope_store_kv.wgsl");
 const CACHE: &str = include_str!("../shaders/cache.wgsl");
 const STORE_KV: &str = include_str!("../shaders/store_kv.wgsl");
+const STORE_KV_ALONE: &str = include_str!("../shaders/store_kv_alone.wgsl");
 const ATTENTION: &str = include_str!("../shaders/attention.wgsl");
 const ROUTER: &str = include_str!("../shaders/router.wgsl");
 const RESULTS: &str = include_str!("../shaders/results.wgsl");
@@ -38,6 +51,12 @@ pub(crate) const SPLIT: u64 = 256;
 /// The widest head that attention holds in workgroup memory.
 pub(crate) const MAX_HEAD_DIM: u64 = 1024;
 
+/// Pairs of a row and a segment that a workgroup of a quantised product has.
+pub(crate) const PAIRS: u64 = 32;
+
+/// Logits of which one workgroup finds the largest.
+pub(crate) const PART_LOGITS: u64 = 2048;
+
 /// What one pipeline does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
@@ -46,10 +65,17 @@ pub(crate) enum Kernel {
     MatMul(Encoding, u32),
     Exponents(Encoding),
     Quantise,
+    /// A gate, and Quantise of its result.
+    SiluMulQuantise,
+    GeluTanhMulQuantise,
     RmsNorm,
+    /// RmsNorm, and Quantise of its result.
+    NormQuantise,
     LayerNorm,
     Rope,
     StoreKv,
+    /// Rope of queries and keys, and StoreKv.
+    RopeStoreKv,
     Attend,
     Merge,
     Mul,
@@ -62,6 +88,7 @@ pub(crate) enum Kernel {
     GeluTanhMul,
     RouterTopK,
     WeightedSum,
+    ArgMaxOfPart,
     ArgMax,
     Gather,
 }
@@ -74,9 +101,13 @@ impl Kernel {
             | Kernel::MatMul(..)
             | Kernel::Exponents(_)
             | Kernel::Quantise
+            | Kernel::SiluMulQuantise
+            | Kernel::GeluTanhMulQuantise
             | Kernel::Rope
-            | Kernel::StoreKv => "main",
+            | Kernel::StoreKv
+            | Kernel::RopeStoreKv => "main",
             Kernel::RmsNorm => "rms_norm",
+            Kernel::NormQuantise => "rms_norm_quantise",
             Kernel::LayerNorm => "layer_norm",
             Kernel::Attend => "attend",
             Kernel::Merge => "merge",
@@ -90,6 +121,7 @@ impl Kernel {
             Kernel::GeluTanhMul => "gelu_tanh_mul",
             Kernel::RouterTopK => "router_top_k",
             Kernel::WeightedSum => "weighted_sum",
+            Kernel::ArgMaxOfPart => "arg_max_of_part",
             Kernel::ArgMax => "arg_max",
             Kernel::Gather => "gather",
         }
@@ -98,38 +130,90 @@ impl Kernel {
     /// The whole module; `None` for an encoding that is no weight.
     pub(crate) fn source(self) -> Option<String> {
         let mut parts = vec![COMMON.to_string(), SOFT_FLOAT.to_string()];
+        let decodes = match self {
+            Kernel::Embed(encoding) | Kernel::MatMul(encoding, _) | Kernel::Exponents(encoding) => {
+                Some(encoding)
+            }
+            _ => None,
+        };
+        parts.push(match decodes {
+            Some(encoding) if encoding.is_quantized() => VECTORS.into(),
+            _ => WORDS.into(),
+        });
+        parts.push(match decodes {
+            Some(Encoding::Q4_K | Encoding::Q5_K) => WEIGHT_VECTORS.into(),
+            _ => WEIGHT_WORDS.into(),
+        });
+        let float = |encoding| -> Option<[String; 3]> {
+            Some([BYTES.into(), MATMUL_PARAMETERS.into(), float_at(encoding)?])
+        };
+        let quantise = |slots: u32| -> [String; 3] {
+            let threads = format!(
+                "const SLOT_THREADS: u32 = {}u;\nconst SLOT_BLOCKS: u32 = {}u;\n",
+                64 * slots,
+                8 * slots
+            );
+            [RECORD_LAYOUT.into(), threads, QUANTISE_SEGMENT.into()]
+        };
+        let element = |value: &str| {
+            format!(
+                "fn element_at(i: u32) -> u32 {{\n    let x = work[param(X) + i];\n    return {value};\n}}\n"
+            )
+        };
         match self {
             Kernel::Embed(encoding) if encoding.is_float() => {
-                parts.extend([
-                    BYTES.into(),
-                    MATMUL_PARAMETERS.into(),
-                    float_at(encoding)?,
-                    EMBED_FLOAT.into(),
-                ]);
+                parts.extend(float(encoding)?);
+                parts.push(EMBED_FLOAT.into());
             }
-            Kernel::Embed(encoding) => parts.extend([decoder(encoding, 1)?, EMBED_QUANTISED.into()]),
+            Kernel::Embed(encoding) => parts.extend([decoder(encoding)?, EMBED_QUANTISED.into()]),
             Kernel::MatMul(encoding, _) if encoding.is_float() => {
-                parts.extend([
-                    BYTES.into(),
-                    MATMUL_PARAMETERS.into(),
-                    float_at(encoding)?,
-                    MATMUL_FLOAT.into(),
-                ]);
+                parts.extend(float(encoding)?);
+                parts.push(MATMUL_FLOAT.into());
             }
             Kernel::MatMul(encoding, tokens) => {
-                parts.extend([decoder(encoding, tokens)?, MATMUL_QUANTISED.into()]);
+                parts.extend([
+                    decoder(encoding)?,
+                    product(encoding, tokens)?,
+                    MATMUL_QUANTISED.into(),
+                ]);
             }
-            Kernel::Exponents(encoding) => parts.extend([decoder(encoding, 1)?, EXPONENTS.into()]),
-            Kernel::Quantise => parts.extend([RECORD_LAYOUT.into(), QUANTISE.into()]),
+            Kernel::Exponents(encoding) => parts.extend([decoder(encoding)?, EXPONENTS.into()]),
+            Kernel::Quantise => {
+                parts.extend(quantise(1));
+                parts.extend([QUANTISE.into(), element("x")]);
+            }
+            Kernel::SiluMulQuantise => {
+                parts.extend(quantise(1));
+                parts.extend([QUANTISE.into(), element("f_mul(f_silu(x), work[param(Y) + i])")]);
+            }
+            Kernel::GeluTanhMulQuantise => {
+                parts.extend(quantise(1));
+                parts.extend([
+                    QUANTISE.into(),
+                    element("f_mul(f_gelu_tanh(x), work[param(Y) + i])"),
+                ]);
+            }
             Kernel::RmsNorm | Kernel::LayerNorm => parts.push(NORM.into()),
-            Kernel::Rope => parts.push(ROPE.into()),
-            Kernel::StoreKv => parts.extend([CACHE.into(), STORE_KV.into()]),
+            Kernel::NormQuantise => {
+                parts.extend(quantise(4));
+                parts.extend([NORM.into(), NORM_QUANTISE.into()]);
+            }
+            Kernel::Rope => parts.extend([ROPE.into(), ROPE_ALONE.into()]),
+            Kernel::StoreKv => parts.extend([CACHE.into(), STORE_KV.into(), STORE_KV_ALONE.into()]),
+            Kernel::RopeStoreKv => {
+                parts.extend([CACHE.into(), ROPE.into(), STORE_KV.into(), ROPE_STORE_KV.into()]);
+            }
             Kernel::Attend | Kernel::Merge => {
                 let most = format!("const MAX_HEAD_DIM: u32 = {MAX_HEAD_DIM}u;\n");
                 parts.extend([CACHE.into(), most, ATTENTION.into()]);
             }
             Kernel::RouterTopK | Kernel::WeightedSum => parts.push(ROUTER.into()),
-            Kernel::ArgMax | Kernel::Gather => parts.push(RESULTS.into()),
+            Kernel::ArgMaxOfPart | Kernel::ArgMax | Kernel::Gather => {
+                parts.extend([
+                    format!("const PART_LOGITS: u32 = {PART_LOGITS}u;\n"),
+                    RESULTS.into(),
+                ]);
+            }
             Kernel::Mul
             | Kernel::Add
             | Kernel::Scale
@@ -146,13 +230,13 @@ impl Kernel {
 /// What tests of the arithmetic put in front of a kernel of their own.
 #[cfg(test)]
 pub(crate) fn arithmetic() -> String {
-    [COMMON, SOFT_FLOAT].join("\n")
+    [COMMON, SOFT_FLOAT, WORDS, WEIGHT_WORDS].join("\n")
 }
 
 /// How an element of a float matrix is read.
 fn float_at(encoding: Encoding) -> Option<String> {
     let body = match encoding {
-        Encoding::F32 => "weights[(row >> 2u) + i]",
+        Encoding::F32 => "weight_word((row >> 2u) + i)",
         Encoding::F16 => "f16_to_f32(half_at(row + 2u * i))",
         Encoding::BF16 => "half_at(row + 2u * i) << 16u",
         _ => return None,
@@ -230,8 +314,8 @@ fn describe(encoding: Encoding) -> Option<(Blocks, &'static str)> {
     })
 }
 
-/// Everything that reads rows of an encoding, for so many vectors at a time.
-fn decoder(encoding: Encoding, tokens: u32) -> Option<String> {
+/// Everything that reads rows of an encoding.
+fn decoder(encoding: Encoding) -> Option<String> {
     let (blocks, codes) = describe(encoding)?;
     let apr_q8 = encoding == Encoding::APR_Q8;
     let block_bytes = encoding.block_bytes();
@@ -276,11 +360,9 @@ fn decoder(encoding: Encoding, tokens: u32) -> Option<String> {
         }
     };
     let constants = format!(
-        "const TOKENS: u32 = {tokens}u;\nconst WORKGROUP_SUMS: u32 = {}u;\nconst HALVES: bool = {halves};\n\
-         const MINS: bool = {mins};\nconst SEGMENT_BYTES: u32 = {segment_bytes}u;\n\
-         const MATRIX_SCALE: bool = {apr_q8};\n\n\
+        "const HALVES: bool = {halves};\nconst MINS: bool = {mins};\n\
+         const SEGMENT_BYTES: u32 = {segment_bytes}u;\nconst MATRIX_SCALE: bool = {apr_q8};\n\n\
          fn word_at(at: u32) -> u32 {{\n    return {word_at}(at);\n}}\n",
-        64 * tokens
     );
     Some(
         [
@@ -296,6 +378,33 @@ fn decoder(encoding: Encoding, tokens: u32) -> Option<String> {
     )
 }
 
+/// What a product of an encoding with so many vectors at a time needs besides.
+fn product(encoding: Encoding, tokens: u32) -> Option<String> {
+    let (blocks, codes) = describe(encoding)?;
+    // One place more than slices, so that pairs lie in different banks.
+    let places = 9 * PAIRS;
+    let constants = format!(
+        "const TOKENS: u32 = {tokens}u;\nconst WORKGROUP_SUMS: u32 = {}u;\nconst PLACES: u32 = {places}u;\n\n\
+         // What slices add to the sums of their segments.\n\
+         var<workgroup> partials: array<vec2<i32>, {}>;\n",
+        PAIRS * u64::from(tokens),
+        places * u64::from(tokens)
+    );
+    let own = |function: &str| codes.contains(&format!("fn {function}("));
+    let mut parts = vec![constants];
+    if !own("slice_codes") {
+        parts.push(SLICES.into());
+    }
+    parts.push(match blocks {
+        Blocks::Super { .. } => SUPER_BLOCK_PRODUCT.into(),
+        Blocks::Scaled { .. } => SCALED_BLOCK_PRODUCT.into(),
+    });
+    if matches!(blocks, Blocks::Super { .. }) && !own("slice_halves") {
+        parts.push(SLICE_SCALES.into());
+    }
+    Some(parts.join("\n"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -304,10 +413,14 @@ mod tests {
     fn every_kernel() -> Vec<Kernel> {
         let mut kernels = vec![
             Kernel::Quantise,
+            Kernel::SiluMulQuantise,
+            Kernel::GeluTanhMulQuantise,
             Kernel::RmsNorm,
+            Kernel::NormQuantise,
             Kernel::LayerNorm,
             Kernel::Rope,
             Kernel::StoreKv,
+            Kernel::RopeStoreKv,
             Kernel::Attend,
             Kernel::Merge,
             Kernel::Mul,
@@ -320,6 +433,7 @@ mod tests {
             Kernel::GeluTanhMul,
             Kernel::RouterTopK,
             Kernel::WeightedSum,
+            Kernel::ArgMaxOfPart,
             Kernel::ArgMax,
             Kernel::Gather,
         ];

@@ -1,12 +1,15 @@
 //! All memory that decoding takes on the device.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
 use hoist_backend::{
-    Error, KvDtype, KvSpec, Result, UnsupportedWhat, ValueKind, Want, WorkspaceBytes, WorkspaceDims,
+    Error, KvDtype, KvSpec, Result, TokenRow, UnsupportedWhat, ValueKind, WorkspaceBytes, WorkspaceDims,
 };
 use wgpu::{Buffer, BufferUsages};
 
 use crate::device::Gpu;
-use crate::shaders::{RECORD_WORDS, SPLIT};
+use crate::shaders::{PART_LOGITS, RECORD_WORDS, SPLIT};
 
 /// Tokens that run together at most; larger batches are cut, which moves no bit.
 const TOKENS: u64 = 64;
@@ -22,15 +25,6 @@ const VOCABULARY: u32 = 16_384;
 
 /// Experts that a router is sure to have scratch for.
 const EXPERTS: u64 = 4096;
-
-/// A token of the batch in hand.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Row {
-    pub(crate) token: u32,
-    pub(crate) sequence: u32,
-    pub(crate) position: u32,
-    pub(crate) want: Want,
-}
 
 /// Where everything lies in the one buffer of values, in words.
 #[derive(Clone, Debug)]
@@ -89,6 +83,16 @@ fn batch_words(tokens: u64) -> u64 {
     (4 + 4 * tokens).next_multiple_of(64)
 }
 
+/// Words of a list of `tokens` rows on its way to the device.
+pub(crate) fn list_words(tokens: usize) -> usize {
+    4 + 4 * tokens
+}
+
+/// Bytes of the lists of a whole batch: two for each set of tokens that run together, at worst one token each.
+fn lists_bytes(dims: &WorkspaceDims) -> u64 {
+    4 * 2 * list_words(1) as u64 * u64::from(dims.capacity.max_batch_tokens)
+}
+
 impl Places {
     /// For as many tokens together as a binding and the scratch allow.
     fn new(dims: &WorkspaceDims, limit: u64) -> Option<Self> {
@@ -113,6 +117,7 @@ impl Places {
         if routes {
             scratch = scratch.max(EXPERTS);
         }
+        scratch = scratch.max(2 * u64::from(dims.vocab).div_ceil(PART_LOGITS));
         let batch = u64::from(dims.capacity.max_batch_tokens).min(TOKENS);
         let by_scratch = SCRATCH_BYTES / 4 / scratch.max(1);
         let by_limit = limit / 4 / (token.checked_add(scratch)?.checked_add(65)?);
@@ -134,7 +139,8 @@ impl Places {
             scratch: at,
             scratch_words,
             arg_max,
-            words: arg_max.checked_add(tokens)?,
+            // Kernels read vectors of four.
+            words: arg_max.checked_add(tokens)?.checked_next_multiple_of(4)?,
             logits_rows: rows.clamp(1, tokens),
         })
     }
@@ -164,11 +170,13 @@ pub(crate) struct Workspace {
     pub(crate) results: Buffer,
     /// Bound where a kernel reads, or writes, nothing.
     pub(crate) nothing: [Buffer; 2],
-    /// Host side of `batch`.
-    pub(crate) list: Vec<u32>,
-    pub(crate) rows: Vec<Row>,
+    /// Lists of rows on their way to `batch`; mapped while `lists_mapped`.
+    pub(crate) lists: Buffer,
+    pub(crate) lists_mapped: Arc<AtomicBool>,
+    /// Host side of `lists`.
+    pub(crate) words: Vec<u32>,
+    pub(crate) rows: Vec<TokenRow>,
     pub(crate) lengths: Vec<u32>,
-    pub(crate) seen: Vec<bool>,
 }
 
 fn too_large(dims: &WorkspaceDims) -> Error {
@@ -192,6 +200,7 @@ pub(crate) fn bytes(dims: &WorkspaceDims, limit: u64) -> Result<WorkspaceBytes> 
             .checked_mul(4)?
             .checked_add(dims.table_bytes.max(16))?
             .checked_add(8 * batch_words(places.tokens))?
+            .checked_add(lists_bytes(dims))?
             .checked_add(places.results_bytes(dims.vocab))?
             .checked_add(4 * 16)?;
         Some(WorkspaceBytes { kv, workspace })
@@ -241,10 +250,11 @@ impl Workspace {
                 gpu.buffer("nothing to read", 16, storage)?,
                 gpu.buffer("nothing to write", 16, storage)?,
             ],
-            list: vec![0; (2 * tail_at / 4) as usize],
+            lists: gpu.mapped_buffer("lists of rows", lists_bytes(dims))?,
+            lists_mapped: Arc::new(AtomicBool::new(true)),
+            words: Vec::with_capacity((lists_bytes(dims) / 4) as usize),
             rows: Vec::with_capacity(dims.capacity.max_batch_tokens as usize),
             lengths: vec![0; dims.capacity.max_sequences as usize],
-            seen: vec![false; dims.capacity.max_sequences as usize],
             dims: dims.clone(),
             places,
         })

@@ -15,3 +15,8 @@ fn scale_value(b: u32, s: u32) -> u32 {
 fn min_bits(b: u32) -> u32 {
     return 0u;
 }
+
+fn slice_codes(b: u32, k: u32) -> Codes {
+    let words = four_at(block_of(b, 32u * k) + 2u);
+    return Codes(less_of(nibbles_of(words, 0u), 0x08080808u), less_of(nibbles_of(words, 1u), 0x08080808u));
+}

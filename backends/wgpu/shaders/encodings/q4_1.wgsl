@@ -15,3 +15,8 @@ fn scale_value(b: u32, s: u32) -> u32 {
 fn min_bits(b: u32) -> u32 {
     return half_at(b + 2u);
 }
+
+fn slice_codes(b: u32, k: u32) -> Codes {
+    let words = four_at(block_of(b, 32u * k) + 4u);
+    return Codes(nibbles_of(words, 0u), nibbles_of(words, 1u));
+}

@@ -31,3 +31,32 @@ fn d_bits(b: u32) -> u32 {
 fn dmin_bits(b: u32) -> u32 {
     return half_at(b + 2u);
 }
+
+// Slice k: sixteen bytes of nibbles, those of a half block and of the one 32 weights on.
+fn slice_halves(k: u32) -> vec2<u32> {
+    let half = 4u * (k >> 1u) + (k & 1u);
+    return vec2<u32>(half, half + 2u);
+}
+
+// Of sub-scales and mins, those of block j: bytes of three words that hold twelve of six bits.
+fn six_bits(head: vec4<u32>, j: u32) -> vec2<u32> {
+    let at = 8u * (j & 3u);
+    let low = vec2<u32>(head.y >> at, head.z >> at);
+    if j < 4u {
+        return low & vec2<u32>(63u);
+    }
+    let both = head.w >> at;
+    return vec2<u32>(both & 15u, (both >> 4u) & 15u) | (((low >> vec2<u32>(6u)) & vec2<u32>(3u)) << vec2<u32>(4u));
+}
+
+fn slice_scales(b: u32, k: u32) -> vec4<i32> {
+    let head = weight_vector(b >> 4u);
+    let first = six_bits(head, k & 6u);
+    let next = six_bits(head, k | 1u);
+    return vec4<i32>(vec4<u32>(first.x, next.x, first.y, next.y));
+}
+
+fn slice_codes(b: u32, k: u32) -> Codes {
+    let words = weight_vector((b >> 4u) + 1u + k);
+    return Codes(nibbles_of(words, 0u), nibbles_of(words, 1u));
+}

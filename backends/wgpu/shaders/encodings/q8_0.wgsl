@@ -15,3 +15,8 @@ fn scale_value(b: u32, s: u32) -> u32 {
 fn min_bits(b: u32) -> u32 {
     return 0u;
 }
+
+fn slice_codes(b: u32, k: u32) -> Codes {
+    let at = block_of(b, 32u * k) + 2u;
+    return Codes(four_at(at), four_at(at + 16u));
+}

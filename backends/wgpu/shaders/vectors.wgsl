@@ -1,0 +1,13 @@
+@group(0) @binding(2) var<storage, read_write> work: array<vec4<u32>>;
+
+fn work_word(i: u32) -> u32 {
+    return work[i >> 2u][i & 3u];
+}
+
+fn work_vector(i: u32) -> vec4<u32> {
+    return work[i];
+}
+
+fn set_word(i: u32, x: u32) {
+    work[i >> 2u][i & 3u] = x;
+}
