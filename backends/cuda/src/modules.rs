@@ -35,7 +35,16 @@ macro_rules! embedded {
 }
 
 /// Every `.cu` file.
-pub(crate) const EMBEDDED: &[Embedded] = embedded!["residency", "blake3", "decode", "matmul", "step"];
+pub(crate) const EMBEDDED: &[Embedded] = embedded![
+    "residency",
+    "blake3",
+    "decode",
+    "matmul",
+    "prefill",
+    "prefill_blocks",
+    "prefill_k",
+    "step",
+];
 
 /// Kernels of one context; a file is given to the driver when one of its kernels is first asked for.
 #[derive(Debug)]

@@ -6,6 +6,7 @@
 //! | `kernels` | which kernel serves which encoding |
 //! | `params` | what kernels take |
 //! | `steps` | each operation as launches |
+//! | `prefill` | products with many tokens, on tensor cores |
 //! | `persistent` | a whole token of a llama-like program as one launch, where that is asked for |
 //! | `graph` | a step recorded once |
 //!
@@ -17,6 +18,7 @@ mod graph;
 mod kernels;
 mod params;
 mod persistent;
+mod prefill;
 mod steps;
 mod workspace;
 
@@ -149,7 +151,14 @@ impl Engine {
         let resolved = ResolvedProgram::new(crate::NAME, program, &self.workspace.dims, index, |id| {
             Ok(weight(id)?.facts())
         })?;
-        let prepared = Prepared::new(modules, resolved, &program.tables, &self.workspace, &weight)?;
+        let prepared = Prepared::new(
+            modules,
+            &self.context.device,
+            resolved,
+            &program.tables,
+            &self.workspace,
+            &weight,
+        )?;
         // From here on the old program is gone.
         self.graph = None;
         self.program = None;

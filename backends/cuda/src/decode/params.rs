@@ -1,4 +1,4 @@
-//! What kernels take: twins of the structs in `kernels/decode.cu` and `kernels/matmul.cu`.
+//! What kernels take: twins of the structs in `kernels/decode.cu`, `kernels/matmul.cu` and `kernels/prefill*.cu*`.
 
 /// One token of a batch.
 #[repr(C)]
@@ -65,6 +65,35 @@ pub(super) struct MatMul {
     pub(super) tokens: u32,
     pub(super) choices: u32,
     pub(super) shared: u32,
+}
+
+/// Of `kernels/prefill.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pack {
+    pub(super) x: u64,
+    pub(super) tiles: u64,
+    pub(super) vector_exponents: u64,
+    pub(super) segments: u32,
+    pub(super) tokens: u32,
+}
+
+/// Of `kernels/prefill.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tiled {
+    pub(super) weight: u64,
+    pub(super) exponents: u64,
+    pub(super) x: u64,
+    pub(super) vector_exponents: u64,
+    pub(super) bias: u64,
+    pub(super) y: u64,
+    pub(super) fault: u64,
+    pub(super) row_bytes: u64,
+    pub(super) step: u32,
+    pub(super) rows: u32,
+    pub(super) segments: u32,
+    pub(super) tokens: u32,
 }
 
 #[repr(C)]
@@ -200,6 +229,8 @@ mod tests {
         assert_eq!(size_of::<Norm>(), 40);
         assert_eq!(size_of::<Quantise>(), 40);
         assert_eq!(size_of::<MatMul>(), 96);
+        assert_eq!(size_of::<Pack>(), 32);
+        assert_eq!(size_of::<Tiled>(), 80);
         assert_eq!(size_of::<FloatMatMul>(), 72);
         assert_eq!(size_of::<Rope>(), 40);
         assert_eq!(size_of::<CacheLayer>(), 24);

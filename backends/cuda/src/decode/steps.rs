@@ -9,11 +9,12 @@ use hoist_backend::{
 
 use super::params::{
     ArgMax, Attention, CacheLayer, Elements, Embed, FloatMatMul, Gather, MatMul, Norm, Quantise, Rope,
-    Router, Store, WeightedSum,
+    Router, Store, Tiled, WeightedSum,
 };
+use super::prefill::{self, Held, Packed, Product};
 use super::workspace::{ARG_MAX_PARTS, Place, SPLIT, Workspace};
 use super::{DeviceWeight, kernels};
-use crate::driver::Stream;
+use crate::driver::{Device, Stream};
 use crate::modules::{Function, Launch, Modules};
 
 /// Query heads that a block of attention takes at once, as in `kernels/decode.cu`.
@@ -71,6 +72,8 @@ struct Launchable {
     /// Of attention, the merge of its splits.
     second: Option<Function>,
     matrix: Option<Matrix>,
+    /// Of a product, the kernels for many tokens.
+    tiled: Option<Product>,
     /// Bias of a matmul, weight of a norm.
     vector: u64,
     /// Bias of a LayerNorm.
@@ -99,6 +102,8 @@ struct Machine<'a> {
     tokens: u32,
     /// Splits of attention to launch.
     splits: u32,
+    /// What is packed.
+    held: Held,
 }
 
 impl Machine<'_> {
@@ -152,6 +157,7 @@ impl Prepared {
     /// Looks up every kernel and address; the workspace is the one that the program will run in.
     pub(super) fn new<'w>(
         modules: &Modules,
+        device: &Device,
         resolved: ResolvedProgram,
         tables: &[Table],
         work: &Workspace,
@@ -167,6 +173,7 @@ impl Prepared {
                     function: decode(kernel)?,
                     second: None,
                     matrix: None,
+                    tiled: None,
                     vector: 0,
                     bias: 0,
                     rows: 1,
@@ -178,6 +185,7 @@ impl Prepared {
                 Ok(Launchable {
                     function: modules.function(file, kernel)?,
                     second: None,
+                    tiled: None,
                     matrix: Some(Matrix::new(&weight)?),
                     vector: bias.map(at).transpose()?.map_or(0, |b| b.ptr),
                     bias: 0,
@@ -208,7 +216,15 @@ impl Prepared {
                     ..plain("layer_norm")?
                 },
                 StepKind::Quantise { .. } => plain("quantise")?,
-                StepKind::MatMul { weight, bias, .. } => product(*weight, *bias)?,
+                StepKind::MatMul {
+                    input, weight, bias, ..
+                } => {
+                    let tiled = Self::tiled(modules, device, work, *input, &at(*weight)?)?;
+                    Launchable {
+                        tiled,
+                        ..product(*weight, *bias)?
+                    }
+                }
                 StepKind::ExpertMatMul { weight, experts, .. } => {
                     let choices = work.values[*experts].width;
                     let tokens = work.dims.capacity.max_batch_tokens;
@@ -262,6 +278,23 @@ impl Prepared {
         })
     }
 
+    /// The kernels for many tokens of a product, where there are such and the input can be packed.
+    fn tiled(
+        modules: &Modules,
+        device: &Device,
+        work: &Workspace,
+        input: usize,
+        weight: &DeviceWeight<'_>,
+    ) -> Result<Option<Product>> {
+        let most = work.dims.capacity.max_batch_tokens;
+        let segments = u64::from(work.values[input].width) / 256;
+        let fits = prefill::packed_bytes(segments, most).is_some_and(|n| n <= work.packed_bytes);
+        if weight.class != WeightClass::Quantized || most < prefill::FEWEST_TOKENS || !fits {
+            return Ok(None);
+        }
+        Product::new(modules, device, weight.encoding, work.values[input].width)
+    }
+
     fn check_attention(work: &Workspace, heads: usize, layer: usize) -> Result<()> {
         let cache = &work.cache[layer];
         let shared = u64::from(cache.padded) * u64::from(HEADS) * 4 + u64::from(HEADS * SPLIT + 16) * 4;
@@ -305,6 +338,7 @@ impl Prepared {
             work,
             tokens,
             splits: splits.unwrap_or(all).min(all),
+            held: Held::default(),
         };
         for at in steps {
             self.step(&machine, at, &self.resolved.steps[at], &self.steps[at])?;
@@ -325,6 +359,7 @@ impl Prepared {
                 norm(on, l, input, out, eps, on.value(input).width)
             }
             StepKind::Quantise { input, cols, out } => {
+                on.held.written(out);
                 let cols = cols as u32;
                 let vectors = on.value(input).width / cols * tokens;
                 let segments = cols.div_ceil(256);
@@ -464,6 +499,7 @@ impl Prepared {
             work,
             tokens: count,
             splits: 0,
+            held: Held::default(),
         };
         let carried = self
             .resolved
@@ -493,6 +529,7 @@ impl Prepared {
             work,
             tokens,
             splits: 0,
+            held: Held::default(),
         };
         let params = ArgMax {
             logits: work.values[self.resolved.logits].ptr,
@@ -549,6 +586,41 @@ fn matrix_of(l: &Launchable) -> Result<&Matrix> {
         .ok_or_else(|| Error::internal(crate::NAME, "an operation without its matrix"))
 }
 
+/// A product with many tokens; its input is packed unless the product before has done so.
+fn tiled_matmul(
+    on: &Machine<'_>,
+    l: &Launchable,
+    matrix: &Matrix,
+    tiled: &Product,
+    step: u32,
+    input: usize,
+    out: usize,
+) -> Result<()> {
+    let segments = matrix.cols / 256;
+    let packed = Packed::at(on.work.packed, segments, on.tokens);
+    if !on.held.holds(input) {
+        let (function, launch, params) = tiled.packing(on.value(input).ptr, packed, segments, on.tokens);
+        on.run(function, launch, &params)?;
+        on.held.hold(input);
+    }
+    let params = Tiled {
+        weight: matrix.ptr,
+        exponents: matrix.exponents,
+        x: packed.tiles,
+        vector_exponents: packed.vector_exponents,
+        bias: l.vector,
+        y: on.value(out).ptr,
+        fault: on.work.fault,
+        row_bytes: matrix.row_bytes,
+        step,
+        rows: matrix.rows,
+        segments,
+        tokens: on.tokens,
+    };
+    let (function, launch) = tiled.launch(&params);
+    on.run(function, launch, &params)
+}
+
 fn matmul(
     on: &Machine<'_>,
     l: &Launchable,
@@ -558,6 +630,9 @@ fn matmul(
     experts: Option<(usize, bool)>,
 ) -> Result<()> {
     let matrix = matrix_of(l)?;
+    if let (Some(tiled), None, true) = (&l.tiled, experts, on.tokens >= prefill::FEWEST_TOKENS) {
+        return tiled_matmul(on, l, matrix, tiled, step, input, out);
+    }
     let (chosen, choices, shared) = match experts {
         None => (0, 1, 0),
         Some((experts, shared)) => (on.value(experts).ptr, on.value(experts).width, shared.into()),

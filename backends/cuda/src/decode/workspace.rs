@@ -7,6 +7,7 @@ use hoist_backend::{Error, Result, TokenRow, UnsupportedWhat, ValueKind, Workspa
 
 use super::params::{CacheLayer, Row, SEGMENT_BYTES};
 use super::persistent;
+use super::prefill;
 use crate::driver::{Context, DeviceBuffer, PinnedBuffer};
 
 /// Positions that share a maximum (`docs/numerics.md` §4).
@@ -45,6 +46,8 @@ struct Layout {
     partial: u64,
     /// What the persistent kernel keeps.
     control: u64,
+    /// Vectors packed for products with many tokens.
+    packed: u64,
     /// Tokens whose attention runs at once.
     attention_tokens: u32,
     kv: Vec<u64>,
@@ -59,6 +62,19 @@ fn token_bytes(kind: ValueKind, width: u32) -> Option<u64> {
     match kind {
         ValueKind::F32 | ValueKind::Experts => u64::from(width).checked_mul(4),
         ValueKind::Quantized { vectors } => segments(width, vectors)?.checked_mul(SEGMENT_BYTES),
+    }
+}
+
+/// Room for the vectors of one value, the widest that is packed.
+fn packed(dims: &WorkspaceDims) -> Option<u64> {
+    let tokens = dims.capacity.max_batch_tokens;
+    let widths = dims.values.iter().filter_map(|(kind, width)| {
+        let packs = *kind == ValueKind::Quantized { vectors: 1 } && width.is_multiple_of(256);
+        packs.then_some(width / 256)
+    });
+    match widths.max() {
+        Some(segments) if tokens >= prefill::FEWEST_TOKENS => prefill::packed_bytes(segments.into(), tokens),
+        _ => Some(0),
     }
 }
 
@@ -118,6 +134,7 @@ impl Layout {
             sums: sums.checked_mul(attention_tokens)?,
             partial: partial.checked_mul(attention_tokens)?,
             control: persistent::control_bytes(dims)?,
+            packed: packed(dims)?,
             attention_tokens: u32::try_from(attention_tokens).ok()?,
             kv,
         })
@@ -134,6 +151,7 @@ impl Layout {
             self.sums,
             self.partial,
             self.control,
+            self.packed,
         ];
         self.values.iter().copied().chain(rest)
     }
@@ -203,6 +221,8 @@ pub(super) struct Workspace {
     pub(super) sums: u64,
     pub(super) partial: u64,
     pub(super) control: u64,
+    pub(super) packed: u64,
+    pub(super) packed_bytes: u64,
     /// Bytes of `sums` and `partial`.
     pub(super) scratch: (u64, u64),
     pub(super) attention_tokens: u32,
@@ -249,6 +269,7 @@ impl Workspace {
         let [rows, kept, fault, parts, tables, sums, partial] =
             [part()?, part()?, part()?, part()?, part()?, part()?, part()?];
         let control = part()?;
+        let packed = part()?;
         let positions = dims.capacity.max_context.next_multiple_of(KEY_BLOCK as u32);
         let mut base = kv.ptr();
         let mut cache = Vec::with_capacity(dims.kv.len());
@@ -275,6 +296,8 @@ impl Workspace {
             sums,
             partial,
             control,
+            packed,
+            packed_bytes: layout.packed,
             scratch: (layout.sums, layout.partial),
             attention_tokens: layout.attention_tokens,
             staging,
@@ -327,6 +350,17 @@ mod tests {
         parts.push(11 * (216 + 32) + 256 + 16);
         let sum: u64 = parts.iter().map(|n| n.next_multiple_of(256)).sum();
         assert_eq!(bytes.workspace, sum);
+    }
+
+    #[test]
+    fn the_widest_value_of_whole_segments_is_packed() {
+        let mut dims = dims();
+        dims.capacity.max_batch_tokens = 9;
+        dims.values.push((ValueKind::Quantized { vectors: 1 }, 512));
+        dims.values.push((ValueKind::Quantized { vectors: 1 }, 544));
+        assert_eq!(packed(&dims), prefill::packed_bytes(2, 9));
+        dims.capacity.max_batch_tokens = 7;
+        assert_eq!(packed(&dims), Some(0));
     }
 
     #[test]

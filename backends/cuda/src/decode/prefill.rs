@@ -1,0 +1,574 @@
+//! Products of quantised matrices with many tokens: `kernels/prefill.cuh`, on int8 tensor cores.
+//!
+//! A vector's integers are packed into tiles of eight tokens once, and read by every product that takes them. The bits are
+//! those of the kernels for few tokens, since every sum is one of integers.
+
+use std::cell::Cell;
+
+use hoist_backend::{Encoding, Result};
+
+use super::params::{Pack, Tiled};
+use crate::driver::Device;
+use crate::modules::{Function, Launch, Modules};
+
+/// Fewest tokens for which packing them is worth it.
+pub(super) const FEWEST_TOKENS: u32 = 8;
+/// Tokens of a tile, and bytes of a tile of one segment.
+const TILE_TOKENS: u32 = 8;
+const TILE_BYTES: u64 = 2848;
+/// Segments that a block of the packing kernel takes.
+const PACKED_SEGMENTS: u32 = 4;
+const WARPS: u32 = 8;
+/// Rows of a warp.
+const WARP_ROWS: u32 = 16;
+/// Most shared memory that a block takes.
+const SHARED: u32 = 220 << 10;
+
+/// Bytes of the tiles of so many vectors, and of the exponent of each; `None` past 2^64.
+pub(super) fn packed_bytes(segments: u64, tokens: u32) -> Option<u64> {
+    let tiles = u64::from(tokens.div_ceil(TILE_TOKENS));
+    let exponents = tiles.checked_mul(u64::from(TILE_TOKENS) * 4)?;
+    segments
+        .checked_mul(tiles)?
+        .checked_mul(TILE_BYTES)?
+        .checked_add(exponents)
+}
+
+/// Where packed vectors lie.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Packed {
+    pub(super) tiles: u64,
+    pub(super) vector_exponents: u64,
+}
+
+impl Packed {
+    /// The tiles come first.
+    pub(super) fn at(scratch: u64, segments: u32, tokens: u32) -> Self {
+        let tiles = u64::from(tokens.div_ceil(TILE_TOKENS));
+        Self {
+            tiles: scratch,
+            vector_exponents: scratch + u64::from(segments) * tiles * TILE_BYTES,
+        }
+    }
+}
+
+/// How a block divides a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shape {
+    /// Tiles of eight tokens.
+    tiles: u32,
+    /// Warps with rows of their own; the other warps share those rows and divide the segments.
+    row_warps: u32,
+}
+
+impl Shape {
+    const fn rows(self) -> u32 {
+        self.row_warps * WARP_ROWS
+    }
+
+    const fn depth(self) -> u32 {
+        WARPS / self.row_warps
+    }
+
+    fn blocks(self, rows: u32, tokens: u32) -> (u32, u32) {
+        (
+            rows.div_ceil(self.rows()),
+            tokens.div_ceil(self.tiles * TILE_TOKENS),
+        )
+    }
+}
+
+/// For few tokens, for more, and for many with few and with many rows: as in `kernels/prefill.cuh`.
+const SHAPES: [Shape; 4] = [
+    Shape {
+        tiles: 1,
+        row_warps: 1,
+    },
+    Shape {
+        tiles: 4,
+        row_warps: 2,
+    },
+    Shape {
+        tiles: 8,
+        row_warps: 4,
+    },
+    Shape {
+        tiles: 8,
+        row_warps: 8,
+    },
+];
+
+/// What the kernels know of an encoding.
+#[derive(Clone, Copy, Debug)]
+struct Coding {
+    file: &'static str,
+    /// One for each of [`SHAPES`].
+    kernels: [&'static str; 4],
+    /// Bytes of a row's segment in shared memory.
+    slot: u32,
+    /// Whether scales are of half blocks.
+    halves: bool,
+    /// Whether mins are as wide as scales.
+    wide_mins: bool,
+}
+
+macro_rules! coding {
+    ($file:literal, $name:literal, $slot:literal, $halves:literal, $wide_mins:literal) => {
+        Some(Coding {
+            file: $file,
+            kernels: [
+                concat!("prefill_", $name, "_1_1"),
+                concat!("prefill_", $name, "_4_2"),
+                concat!("prefill_", $name, "_8_4"),
+                concat!("prefill_", $name, "_8_8"),
+            ],
+            slot: $slot,
+            halves: $halves,
+            wide_mins: $wide_mins,
+        })
+    };
+}
+
+fn coding(encoding: Encoding) -> Option<Coding> {
+    match encoding {
+        Encoding::Q4_K => coding!("prefill_k", "q4_k", 160, false, false),
+        Encoding::Q5_K => coding!("prefill_k", "q5_k", 224, false, false),
+        Encoding::Q6_K => coding!("prefill_k", "q6_k", 240, true, false),
+        Encoding::Q4_0 => coding!("prefill_blocks", "q4_0", 160, false, false),
+        Encoding::Q4_1 => coding!("prefill_blocks", "q4_1", 160, false, true),
+        Encoding::Q5_0 => coding!("prefill_blocks", "q5_0", 224, false, false),
+        Encoding::Q5_1 => coding!("prefill_blocks", "q5_1", 224, false, true),
+        Encoding::Q8_0 => coding!("prefill_blocks", "q8_0", 288, false, false),
+        _ => None,
+    }
+}
+
+impl Coding {
+    /// Shared memory of a block: two or three stages of weights and activations, and what each warp prepares of its rows.
+    fn shared(self, shape: Shape) -> u32 {
+        let weights = WARPS * WARP_ROWS * self.slot;
+        let stage = weights + shape.tiles * shape.depth() * TILE_BYTES as u32;
+        let factors = if self.halves { 18 } else { 9 };
+        let mins = if self.wide_mins { 9 } else { 4 };
+        let prepared = WARPS * WARP_ROWS * (4 * (factors + mins) + 16 + 8);
+        let three = 3 * stage + prepared;
+        if three <= SHARED {
+            three
+        } else {
+            2 * stage + prepared
+        }
+    }
+}
+
+/// The kernels of one encoding, and of packing.
+#[derive(Debug)]
+pub(super) struct Product {
+    pack: Function,
+    /// With the shared memory of each.
+    kernels: [(Function, u32); 4],
+    multiprocessors: u32,
+}
+
+impl Product {
+    /// `None` where the encoding has no such kernels, the rows are not whole segments, or the device has not the shared
+    /// memory.
+    pub(super) fn new(
+        modules: &Modules,
+        device: &Device,
+        encoding: Encoding,
+        cols: u32,
+    ) -> Result<Option<Self>> {
+        let Some(coding) = coding(encoding) else {
+            return Ok(None);
+        };
+        if !cols.is_multiple_of(256) || device.shared_memory_optin < SHARED {
+            return Ok(None);
+        }
+        let kernel = |at: usize| -> Result<(Function, u32)> {
+            let function = modules.function(coding.file, coding.kernels[at])?;
+            let shared = coding.shared(SHAPES[at]);
+            function.allow_shared(shared)?;
+            Ok((function, shared))
+        };
+        Ok(Some(Self {
+            pack: modules.function("prefill", "pack")?,
+            kernels: [kernel(0)?, kernel(1)?, kernel(2)?, kernel(3)?],
+            multiprocessors: device.multiprocessors,
+        }))
+    }
+
+    /// The launch that packs `tokens` vectors.
+    pub(super) fn packing(
+        &self,
+        x: u64,
+        packed: Packed,
+        segments: u32,
+        tokens: u32,
+    ) -> (&Function, Launch, Pack) {
+        let params = Pack {
+            x,
+            tiles: packed.tiles,
+            vector_exponents: packed.vector_exponents,
+            segments,
+            tokens,
+        };
+        let grid = (
+            tokens.div_ceil(TILE_TOKENS),
+            segments.div_ceil(PACKED_SEGMENTS),
+            1,
+        );
+        let launch = Launch {
+            grid,
+            ..Launch::linear(1, 256)
+        };
+        (&self.pack, launch, params)
+    }
+
+    /// The launch of the product itself.
+    pub(super) fn launch(&self, params: &Tiled) -> (&Function, Launch) {
+        let at = choose(params.rows, params.segments, params.tokens, self.multiprocessors);
+        self.launch_as(at, params)
+    }
+
+    fn launch_as(&self, at: usize, params: &Tiled) -> (&Function, Launch) {
+        let (x, y) = SHAPES[at].blocks(params.rows, params.tokens);
+        let (function, shared) = &self.kernels[at];
+        let launch = Launch {
+            grid: (x, y, 1),
+            shared: *shared,
+            ..Launch::linear(1, WARPS * 32)
+        };
+        (function, launch)
+    }
+}
+
+/// The shape that takes the fewest steps: waves of blocks, times the steps of each, times what a step costs. A warp's step costs
+/// what decoding its rows takes, and each tile's multiplications.
+fn choose(rows: u32, segments: u32, tokens: u32, multiprocessors: u32) -> usize {
+    let cost = |shape: Shape| {
+        let (x, y) = shape.blocks(rows, tokens);
+        let waves = (u64::from(x) * u64::from(y)).div_ceil(multiprocessors.max(1).into());
+        let steps = u64::from(segments.div_ceil(shape.depth())) + 2;
+        waves * steps * u64::from(2 + shape.tiles)
+    };
+    // Of equals the later one, which reads activations less often.
+    (0..SHAPES.len())
+        .min_by_key(|at| (cost(SHAPES[*at]), std::cmp::Reverse(*at)))
+        .unwrap_or(0)
+}
+
+/// Which value is packed at the moment.
+#[derive(Debug, Default)]
+pub(super) struct Held(Cell<Option<usize>>);
+
+impl Held {
+    pub(super) fn holds(&self, value: usize) -> bool {
+        self.0.get() == Some(value)
+    }
+
+    pub(super) fn hold(&self, value: usize) {
+        self.0.set(Some(value));
+    }
+
+    /// A value is written anew.
+    pub(super) fn written(&self, value: usize) {
+        if self.holds(value) {
+            self.0.set(None);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::driver::{Context, DeviceBuffer, Stream};
+    use crate::modules::arguments;
+
+    const EACH: [Encoding; 8] = [
+        Encoding::Q4_0,
+        Encoding::Q4_1,
+        Encoding::Q5_0,
+        Encoding::Q5_1,
+        Encoding::Q8_0,
+        Encoding::Q4_K,
+        Encoding::Q5_K,
+        Encoding::Q6_K,
+    ];
+
+    #[test]
+    fn blocks_of_every_shape_fit_an_h100() {
+        for encoding in EACH {
+            for shape in SHAPES {
+                assert!(
+                    coding(encoding).unwrap().shared(shape) <= SHARED,
+                    "{encoding} {shape:?}"
+                );
+            }
+        }
+        assert!(coding(Encoding::Q3_K).is_none());
+    }
+
+    #[test]
+    fn tiles_are_followed_by_exponents() {
+        let packed = Packed::at(1 << 20, 3, 9);
+        assert_eq!(packed.vector_exponents - packed.tiles, 3 * 2 * TILE_BYTES);
+        assert_eq!(packed_bytes(3, 9), Some(3 * 2 * TILE_BYTES + 16 * 4));
+        assert_eq!(packed_bytes(u64::MAX, 9), None);
+    }
+
+    /// Numbers that look random: xorshift64*.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, n: u64) -> u64 {
+            self.0 ^= self.0 >> 12;
+            self.0 ^= self.0 << 25;
+            self.0 ^= self.0 >> 27;
+            (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % n
+        }
+    }
+
+    /// A quantised segment, as `Segment` in `kernels/decode.cuh`.
+    #[derive(Clone)]
+    struct Integers {
+        q: [i8; 256],
+        u: [u8; 8],
+        m: i32,
+        e: i32,
+    }
+
+    impl Integers {
+        fn sum(&self, half: usize) -> i16 {
+            self.q[16 * half..16 * half + 16]
+                .iter()
+                .map(|q| i16::from(*q))
+                .sum()
+        }
+
+        fn bytes(&self) -> Vec<u8> {
+            let mut bytes: Vec<u8> = self.q.iter().map(|q| *q as u8).collect();
+            bytes.extend((0..16).flat_map(|half| self.sum(half).to_le_bytes()));
+            bytes.extend(self.u);
+            bytes.extend(self.m.to_le_bytes());
+            bytes.extend(self.e.to_le_bytes());
+            bytes
+        }
+
+        fn random(random: &mut Random, extreme: bool) -> Self {
+            // One in eight is of zeros.
+            if !extreme && random.below(8) == 0 {
+                return Self {
+                    q: [0; 256],
+                    u: [1; 8],
+                    m: 0,
+                    e: -133,
+                };
+            }
+            let sign = if random.below(2) == 0 { 127 } else { -127 };
+            Self {
+                q: std::array::from_fn(|_| {
+                    if extreme {
+                        sign
+                    } else {
+                        (random.below(255) as i32 - 127) as i8
+                    }
+                }),
+                u: std::array::from_fn(|_| if extreme { 16 } else { random.below(16) as u8 + 1 }),
+                m: if extreme {
+                    255
+                } else {
+                    random.below(128) as i32 + 128
+                },
+                e: -(random.below(if extreme { 2 } else { 70 }) as i32),
+            }
+        }
+    }
+
+    /// Rows of blocks with finite scales.
+    fn matrix(encoding: Encoding, rows: usize, cols: usize, random: &mut Random, extreme: bool) -> Vec<u8> {
+        let block = encoding.block_bytes() as usize;
+        let scales: &[usize] = match encoding {
+            Encoding::Q6_K => &[208],
+            Encoding::Q4_K | Encoding::Q5_K | Encoding::Q4_1 | Encoding::Q5_1 => &[0, 2],
+            _ => &[0],
+        };
+        let mut bytes = vec![0; rows * encoding.row_bytes(cols as u64).unwrap() as usize];
+        for block in bytes.chunks_exact_mut(block) {
+            let fill = [0, 0x80, 0xff][random.below(3) as usize];
+            for byte in &mut *block {
+                *byte = if extreme { fill } else { random.below(256) as u8 };
+            }
+            for at in scales {
+                // An exponent field of at most 15.
+                block[at + 1] &= 0xbf;
+            }
+        }
+        bytes
+    }
+
+    /// Product of a row and a vector by the contract's words (docs/numerics.md §1.3).
+    fn product(encoding: Encoding, row: &[u8], x: &[Integers], bias: f32) -> f32 {
+        let ew = i32::from(hoist_quant::row_exponent(encoding, row).unwrap());
+        let ea = x.iter().map(|s| s.e).max().unwrap();
+        let mut view = hoist_quant::SegmentView::default();
+        let mut acc = 0i64;
+        for (at, s) in x.iter().enumerate() {
+            hoist_quant::read_segment(encoding, row, at, &mut view).unwrap();
+            let (mut i, mut j) = (0i64, 0i64);
+            for half in 0..16 {
+                let elements = 16 * half..16 * half + 16;
+                let dot: i64 = elements
+                    .map(|n| i64::from(view.weights[n]) * i64::from(s.q[n]))
+                    .sum();
+                let u = i64::from(s.u[half / 2]);
+                i += u * i64::from(view.c[half]) * dot;
+                j += u * i64::from(view.k[half]) * i64::from(s.sum(half));
+            }
+            let shift = |e: i16| (ew - i32::from(e) + ea - s.e).min(63);
+            acc += (i64::from(s.m) * i) >> shift(view.e);
+            acc -= (i64::from(s.m) * j) >> shift(view.e_min);
+        }
+        // A double holds the product of an f32 and such a power exactly.
+        (f64::from(acc as f32) * 2f64.powi(ew + ea)) as f32 + bias
+    }
+
+    fn uploaded(stream: &Stream, bytes: &[u8]) -> DeviceBuffer {
+        let buffer = DeviceBuffer::new(stream.context(), "a test", bytes.len() as u64).unwrap();
+        // SAFETY: the buffer is as long as the bytes, which stay until the stream has been waited for.
+        unsafe { stream.copy_htod(buffer.ptr(), bytes) }.unwrap();
+        stream.synchronize().unwrap();
+        buffer
+    }
+
+    /// A product on the device, by each shape.
+    struct Case {
+        encoding: Encoding,
+        rows: usize,
+        cols: usize,
+        tokens: usize,
+        extreme: bool,
+    }
+
+    fn check(context: &Arc<Context>, modules: &Modules, stream: &Stream, case: &Case) {
+        let Case {
+            encoding,
+            rows,
+            cols,
+            tokens,
+            extreme,
+        } = *case;
+        let mut random = Random((rows * cols + tokens) as u64 * 2 + 1);
+        let segments = cols / 256;
+        let mut weight = matrix(encoding, rows, cols, &mut random, extreme);
+        let row_bytes = weight.len() / rows;
+        let x: Vec<Vec<Integers>> = (0..tokens)
+            .map(|_| {
+                (0..segments)
+                    .map(|_| Integers::random(&mut random, extreme))
+                    .collect()
+            })
+            .collect();
+        let bias: Vec<f32> = (0..rows).map(|_| random.below(1000) as f32).collect();
+        let exponents: Vec<i16> = weight
+            .chunks_exact(row_bytes)
+            .map(|row| hoist_quant::row_exponent(encoding, row).unwrap())
+            .collect();
+        let expected: Vec<u32> = x
+            .iter()
+            .flat_map(|x| {
+                let rows = weight.chunks_exact(row_bytes).zip(&bias);
+                rows.map(|(row, bias)| product(encoding, row, x, *bias).to_bits())
+            })
+            .collect();
+        // A weight's place is whole multiples of 256 bytes.
+        weight.resize(weight.len().next_multiple_of(256), 0);
+        let vectors: Vec<u8> = x.iter().flatten().flat_map(Integers::bytes).collect();
+        let weight = uploaded(stream, &weight);
+        let exponents = uploaded(stream, bytemuck::cast_slice(&exponents));
+        let bias = uploaded(stream, bytemuck::cast_slice(&bias));
+        let fault = uploaded(stream, &[0xff; 4]);
+        let vectors = uploaded(stream, &vectors);
+        let scratch = packed_bytes(segments as u64, tokens as u32).unwrap();
+        let scratch = DeviceBuffer::new(context, "packed vectors", scratch).unwrap();
+        let packed = Packed::at(scratch.ptr(), segments as u32, tokens as u32);
+        let product = Product::new(modules, &context.device, encoding, cols as u32)
+            .unwrap()
+            .unwrap();
+        let (function, launch, params) =
+            product.packing(vectors.ptr(), packed, segments as u32, tokens as u32);
+        // SAFETY: the kernel takes that struct, whose buffers are as long as it says.
+        unsafe { function.launch(stream, launch, &mut arguments![params]) }.unwrap();
+        for (at, shape) in SHAPES.iter().enumerate() {
+            let y = uploaded(stream, &vec![0xff; rows * tokens * 4]);
+            let params = Tiled {
+                weight: weight.ptr(),
+                exponents: exponents.ptr(),
+                x: packed.tiles,
+                vector_exponents: packed.vector_exponents,
+                bias: bias.ptr(),
+                y: y.ptr(),
+                fault: fault.ptr(),
+                row_bytes: row_bytes as u64,
+                step: 0,
+                rows: rows as u32,
+                segments: segments as u32,
+                tokens: tokens as u32,
+            };
+            let (function, launch) = product.launch_as(at, &params);
+            // SAFETY: as above.
+            unsafe { function.launch(stream, launch, &mut arguments![params]) }.unwrap();
+            let mut found = vec![0u32; rows * tokens];
+            // SAFETY: as long as the buffer; waited for below.
+            unsafe { stream.copy_dtoh(bytemuck::cast_slice_mut(&mut found), y.ptr()) }.unwrap();
+            stream.synchronize().unwrap();
+            let wrong = found.iter().zip(&expected).position(|(a, b)| a != b);
+            if let Some(wrong) = wrong {
+                panic!(
+                    "{encoding} {rows} × {cols}, {tokens} tokens, extreme {extreme}, {shape:?}: token {} row {}: {:?} for {:?}",
+                    wrong / rows,
+                    wrong % rows,
+                    f32::from_bits(found[wrong]),
+                    f32::from_bits(expected[wrong])
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_those_of_the_contract() {
+        // On the emulated device, where it could be built.
+        if hoist_cuda_emulator::load().is_none() {
+            eprintln!("no C++ compiler, so that there is no emulated device to multiply on");
+            return;
+        }
+        let context = Context::open(0).unwrap();
+        let modules = Modules::new(&context);
+        let stream = Stream::new(&context).unwrap();
+        for encoding in EACH {
+            // Rows, columns and tokens that fill tiles and that do not; more segments than a block has at once, and fewer.
+            for (rows, cols, tokens) in [(1, 256, 8), (17, 512, 9), (130, 768, 64), (33, 2048, 130)] {
+                for extreme in [false, true] {
+                    let case = Case {
+                        encoding,
+                        rows,
+                        cols,
+                        tokens,
+                        extreme,
+                    };
+                    check(&context, &modules, &stream, &case);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn shapes_follow_tokens_and_rows() {
+        // Few tokens: many small blocks, which divide the segments.
+        assert_eq!(SHAPES[choose(4096, 16, 8, 132)].tiles, 1);
+        // A whole chunk of a wide matrix: the largest blocks; of a narrow one: more of them.
+        assert_eq!(choose(14_336, 16, 512, 132), 3);
+        assert!(choose(512, 8, 512, 132) < 3);
+    }
+}
