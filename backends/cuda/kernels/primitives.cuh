@@ -100,6 +100,23 @@ DEVICE u64 atomic_add(u64 *to, u64 x) { return atomicAdd(to, x); }
 DEVICE u32 atomic_min(u32 *to, u32 x) { return atomicMin(to, x); }
 DEVICE u64 atomic_min(u64 *to, u64 x) { return atomicMin(to, x); }
 
+/// A value and the number of who wrote it, as one word that is never seen in part.
+DEVICE void store_word(u64 *to, u32 value, u32 number) {
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"((u64)number << 32 | value) : "memory");
+}
+/// Two neighbouring words, each whole, as they are now.
+DEVICE void load_words(const u64 *from, u64 words[2]) {
+    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(words[0]), "=l"(words[1]) : "l"(from) : "memory");
+}
+/// Waits until a word's number is `number`; its value.
+DEVICE u32 await_word(const u64 *from, u32 number) {
+    u64 word;
+    do {
+        asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+    } while ((u32)(word >> 32) != number);
+    return (u32)word;
+}
+
 /// Adds, after everything that this thread and those that it has met have written is seen by the device.
 DEVICE void release_add(u32 *to, u32 x) {
     __threadfence();
@@ -118,11 +135,15 @@ DEVICE void await_at_least(const u32 *counter, u32 least) {
 
 /// Every lane of the warp takes part.
 template <class T> DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+/// Of lane `from`.
+template <class T> DEVICE T shuffle(T x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 template <class T> DEVICE T shuffle_down(T x, u32 by) { return __shfl_down_sync(0xffffffffu, x, by); }
 template <class T> DEVICE T shuffle_up(T x, u32 by) { return __shfl_up_sync(0xffffffffu, x, by); }
 
 /// All lanes of a warp that are still there.
 DEVICE void meet_warp() { __syncwarp(); }
+/// What this thread has read and written before is done, as the block sees it, before what follows.
+DEVICE void fence_block() { __threadfence_block(); }
 /// All threads of the block that are still there.
 DEVICE void meet_block() { __syncthreads(); }
 /// Meets, and tells whether any thread says yes.
@@ -175,6 +196,11 @@ DEVICE void bulk_copy(void *to, const void *from, u32 bytes, u64 *barrier) {
                  ::"r"(shared_address(to)),
                  "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
                  : "memory");
+}
+
+/// Brings bytes into the second-level cache. Address and `bytes` are multiples of 16.
+DEVICE void prefetch(const void *from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // ---- copies to shared memory that the thread waits for which started them ----

@@ -91,6 +91,8 @@ void end_copies();
 void await_copies(unsigned recent_groups, bool open_group_too);
 void counter_changed(const void *counter);
 void await_at_least(const unsigned *counter, unsigned least, Site site);
+void word_changed();
+unsigned await_word(const unsigned long long *word, unsigned number, Site site);
 unsigned long long cycles();
 unsigned long long nanoseconds();
 
@@ -244,6 +246,14 @@ DEVICE u32 atomic_add(u32 *to, u32 x) { return atomic_add_any(to, x); }
 DEVICE u64 atomic_add(u64 *to, u64 x) { return atomic_add_any(to, x); }
 DEVICE u32 atomic_min(u32 *to, u32 x) { return atomic_min_any(to, x); }
 DEVICE u64 atomic_min(u64 *to, u64 x) { return atomic_min_any(to, x); }
+DEVICE void store_word(u64 *to, u32 value, u32 number) {
+    __atomic_store_n(to, (u64)number << 32 | value, __ATOMIC_SEQ_CST);
+    emulator::word_changed();
+}
+DEVICE void load_words(const u64 *from, u64 words[2]) {
+    for (int i = 0; i < 2; i++) words[i] = __atomic_load_n(from + i, __ATOMIC_SEQ_CST);
+}
+DEVICE u32 await_word(const u64 *from, u32 number, HOIST_SITE) { return emulator::await_word(from, number, HOIST_HERE); }
 DEVICE void release_add(u32 *to, u32 x) { atomic_add_any(to, x); }
 DEVICE void await_at_least(const u32 *counter, u32 least, HOIST_SITE) { emulator::await_at_least(counter, least, HOIST_HERE); }
 
@@ -259,6 +269,7 @@ template <class T> DEVICE T shuffle_from(T x, u32 lane, const char *what, emulat
 template <class T> DEVICE T shuffle_xor(T x, int mask, HOIST_SITE) {
     return shuffle_from(x, ((threadIdx.x & 31) ^ (u32)mask) & 31, "shuffle_xor", HOIST_HERE);
 }
+template <class T> DEVICE T shuffle(T x, int from, HOIST_SITE) { return shuffle_from(x, (u32)from & 31, "shuffle", HOIST_HERE); }
 /// Lanes past the warp's ends yield the caller's own value.
 template <class T> DEVICE T shuffle_down(T x, u32 by, HOIST_SITE) {
     u32 lane = threadIdx.x & 31;
@@ -270,6 +281,7 @@ template <class T> DEVICE T shuffle_up(T x, u32 by, HOIST_SITE) {
 }
 
 DEVICE void meet_warp(HOIST_SITE) { emulator::meet_warp(HOIST_HERE); }
+DEVICE void fence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 DEVICE void meet_block(HOIST_SITE) { emulator::meet_block(HOIST_HERE); }
 DEVICE bool any_of_block(bool x, HOIST_SITE) { return emulator::any_of_block(x, HOIST_HERE); }
 template <int ID, int THREADS> DEVICE void meet_threads(HOIST_SITE) {
@@ -287,6 +299,8 @@ DEVICE void barrier_wait(u64 *barrier, u32 parity, HOIST_SITE) { emulator::barri
 DEVICE void bulk_copy(void *to, const void *from, u32 bytes, u64 *barrier, HOIST_SITE) {
     emulator::bulk_copy(to, from, bytes, barrier, HOIST_HERE);
 }
+/// Only speed depends on it.
+DEVICE void prefetch(const void *, u32) {}
 DEVICE void copy_4(void *to, const void *from, HOIST_SITE) { emulator::thread_copy(to, from, 4, HOIST_HERE); }
 DEVICE void copy_16(void *to, const void *from, HOIST_SITE) { emulator::thread_copy(to, from, 16, HOIST_HERE); }
 DEVICE void end_copies() { emulator::end_copies(); }

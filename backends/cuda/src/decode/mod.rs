@@ -110,10 +110,9 @@ const NO_FAULT: u32 = u32::MAX;
 pub(crate) struct Engine {
     // Before what its kernels and memory belong to.
     graph: Option<Graph>,
+    persistent: Option<Persistent>,
     program: Option<Prepared>,
     one_launch: OneLaunch,
-    /// Whether the recorded step is of that kind.
-    in_one_launch: bool,
     workspace: Workspace,
     stream: Stream,
     context: Arc<Context>,
@@ -130,9 +129,9 @@ impl Engine {
         context.bind()?;
         Ok(Self {
             graph: None,
+            persistent: None,
             program: None,
             one_launch,
-            in_one_launch: false,
             workspace: Workspace::new(context, dims)?,
             stream: Stream::new(context)?,
             context: Arc::clone(context),
@@ -161,6 +160,7 @@ impl Engine {
         )?;
         // From here on the old program is gone.
         self.graph = None;
+        self.persistent = None;
         self.program = None;
         let mut at = self.workspace.tables;
         for table in &program.tables {
@@ -183,7 +183,6 @@ impl Engine {
                 &weight,
             )?,
         };
-        self.in_one_launch = persistent.is_some();
         self.graph = Some(Graph::record(&self.stream, || {
             self.upload_rows(1)?;
             if let Some(persistent) = &persistent {
@@ -196,6 +195,7 @@ impl Engine {
             self.tail(&prepared, 1)?;
             self.download(1)
         })?);
+        self.persistent = persistent;
         self.program = Some(prepared);
         self.workspace.lengths.fill(0);
         Ok(())
@@ -278,6 +278,9 @@ impl Engine {
         }
         let tokens = work.batch.len();
         if let (1, 1, Some(graph)) = (tokens, wanted, &self.graph) {
+            if let Some(persistent) = &self.persistent {
+                persistent.count(&self.stream)?;
+            }
             graph.launch(&self.stream)?;
         } else {
             self.upload_rows(tokens)?;
@@ -351,7 +354,7 @@ impl Engine {
 
     /// Whether a step of one token is one launch beside its embedding and arg-max.
     pub(crate) fn in_one_launch(&self) -> bool {
-        self.in_one_launch
+        self.persistent.is_some()
     }
 
     /// Tokens that a sequence holds.

@@ -4,11 +4,12 @@
 //! kernel streams, and every input dimension is a multiple of 256. Any other program runs operation by operation; the bits
 //! are the same.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use hoist_backend::{
-    ActivationKind, Encoding, KvDtype, ResolvedProgram, Result, RopeStyle, Step, StepKind, WeightClass,
-    WeightId, WorkspaceDims,
+    ActivationKind, Encoding, Error, KvDtype, ResolvedProgram, Result, RopeStyle, Step, StepKind, ValueKind,
+    WeightClass, WeightId, WorkspaceDims,
 };
 
 use super::DeviceWeight;
@@ -17,17 +18,20 @@ use super::workspace::{SPLIT, Workspace};
 use crate::driver::{Context, Stream};
 use crate::modules::{Function, Launch, Modules, arguments};
 
-const CONSUMERS: u32 = 512;
-const THREADS: u32 = CONSUMERS + 32;
+const THREADS: u32 = 512;
 const SLOT: u32 = 4640;
 const CODES: u32 = 272;
 const META: u32 = 80;
 /// Room for stored values on their way.
 const VALUES: u32 = 32_768;
-/// Consumer warps. The ring holds a multiple of as many slots, so that every use of a slot is the same warp's: a barrier's
+/// The ring holds a multiple of as many slots, so that within a phase every use of a slot is the same warps': a barrier's
 /// parity tells only whether the fill before or the one at hand is complete, and fills complete in any order, so that a
 /// warp which comes to another's slot could take the fill before last for its own.
-const WARPS: u32 = CONSUMERS / 32;
+const WARPS: u32 = THREADS / 32;
+/// Bytes of a run in shared memory.
+const RUN: u32 = 24;
+/// Bytes of each block's weights that are brought into the second-level cache ahead of the ring.
+const AHEAD: u32 = 96 << 10;
 /// Phases of a layer, and of the logits.
 const LAYER_PHASES: u64 = 5;
 
@@ -38,6 +42,7 @@ const STORE: u32 = 0;
 const RESIDUAL: u32 = 1;
 const SILU: u32 = 2;
 const GELU: u32 = 3;
+const LOGITS: u32 = 4;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
@@ -55,9 +60,9 @@ struct StepMatrix {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 struct Product {
-    input: u64,
+    mail: u64,
+    plain: u64,
     norm: u64,
-    residual: u64,
     prologue: u32,
     epilogue: u32,
     matrices: u32,
@@ -65,7 +70,7 @@ struct Product {
     magic: u32,
     eps: f32,
     quantise_step: u32,
-    pad: u32,
+    spread: u32,
     matrix: [StepMatrix; 3],
 }
 
@@ -113,21 +118,38 @@ impl Phase {
     }
 }
 
+/// A matrix as it is streamed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+struct MatrixStream {
+    weight: u64,
+    rows: u32,
+    row_bytes: u32,
+    piece_bytes: u32,
+    pad: u32,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct StepParams {
     phases: u64,
+    streams: u64,
     row: u64,
-    arrived: u64,
+    counters: u64,
     fault: u64,
     sums: u64,
     partial: u64,
+    embedded: u64,
     times: u64,
     count: u32,
+    stream_count: u32,
     splits: u32,
     slots: u32,
     row_limit: u32,
     segment_limit: u32,
+    width: u32,
+    own_limit: u32,
+    ahead: u32,
     pad: u32,
 }
 
@@ -135,24 +157,73 @@ const _: () = {
     assert!(size_of::<StepMatrix>() == 48);
     assert!(size_of::<Product>() == 200);
     assert!(size_of::<Attention>() == 96);
-    assert!(size_of::<StepParams>() == 80);
+    assert!(size_of::<MatrixStream>() == 24);
+    assert!(size_of::<StepParams>() == 112);
 };
 
-/// Bytes that a workspace keeps for the barrier's counter, descriptors and times.
-pub(super) fn control_bytes(dims: &WorkspaceDims) -> Option<u64> {
-    let phases = phase_limit(dims)?;
-    phases
-        .checked_mul(PHASE_BYTES as u64 + 8 * POINTS)?
-        .checked_add(COUNTER_BYTES + 16)
+/// Where the parts of a workspace's control memory begin.
+#[derive(Clone, Copy, Debug)]
+struct Control {
+    phases: u64,
+    streams: u64,
+    times: u64,
+    /// Mail of each F32 value in turn, then of the residual stream a second time.
+    mail: u64,
+    sums: u64,
+    partial: u64,
+    end: u64,
 }
 
+/// Bytes of the counters, which come first.
 const COUNTER_BYTES: u64 = 256;
 /// Points of a phase whose clock is kept.
 const POINTS: u64 = 4;
+/// Most matrices of a layer.
+const LAYER_MATRICES: u64 = 7;
 
-fn phase_limit(dims: &WorkspaceDims) -> Option<u64> {
-    (dims.kv.len() as u64).checked_mul(LAYER_PHASES)?.checked_add(1)
+impl Control {
+    /// `None` past 2^64.
+    fn new(dims: &WorkspaceDims) -> Option<Self> {
+        let layers = dims.kv.len() as u64;
+        let phases = layers.checked_mul(LAYER_PHASES)?.checked_add(1)?;
+        let streams = layers.checked_mul(LAYER_MATRICES)?.checked_add(1)?;
+        let widths = || {
+            dims.values
+                .iter()
+                .filter(|(kind, _)| *kind == ValueKind::F32)
+                .map(|(_, width)| *width)
+        };
+        let widest = u64::from(widths().max().unwrap_or(0));
+        let mail = widths().try_fold(widest, |sum, width| sum.checked_add(width.into()))?;
+        let splits = u64::from(dims.capacity.max_context.div_ceil(SPLIT));
+        let head_dim = dims.kv.iter().map(|kv| kv.head_dim).min().unwrap_or(1).max(1);
+        let heads = widest / u64::from(head_dim);
+        let mut at = 0u64;
+        let mut part = |bytes: Option<u64>| {
+            let here = at;
+            at = at.checked_add(bytes?)?.checked_next_multiple_of(16)?;
+            Some(here)
+        };
+        part(Some(COUNTER_BYTES))?;
+        Some(Self {
+            phases: part(phases.checked_mul(PHASE_BYTES as u64))?,
+            streams: part(streams.checked_mul(size_of::<MatrixStream>() as u64))?,
+            times: part(phases.checked_mul(8 * POINTS).and_then(|n| n.checked_add(16)))?,
+            mail: part(mail.checked_mul(8))?,
+            sums: part(heads.checked_mul(splits).and_then(|n| n.checked_mul(16)))?,
+            partial: part(widest.checked_mul(splits).and_then(|n| n.checked_mul(8)))?,
+            end: part(Some(0))?,
+        })
+    }
 }
+
+/// Bytes that a workspace keeps for the one-launch step.
+pub(super) fn control_bytes(dims: &WorkspaceDims) -> Option<u64> {
+    Control::new(dims).map(|control| control.end)
+}
+
+/// Steps after which mail is emptied and numbers start again, long before they come round.
+const NUMBERED_STEPS: u32 = 1 << 20;
 
 /// A program that runs in one launch.
 #[derive(Debug)]
@@ -160,6 +231,10 @@ pub(super) struct Persistent {
     function: Function,
     launch: Launch,
     params: StepParams,
+    /// Where numbers and mail lie, and their bytes.
+    numbered: [(u64, usize); 2],
+    /// Steps since mail was emptied.
+    steps: Cell<u32>,
     /// Steps before the launch: the embedding.
     pub(super) before: usize,
 }
@@ -172,11 +247,15 @@ struct Matcher<'a, W> {
     tables: &'a [u64],
     weight: W,
     blocks: u32,
+    control: Control,
     phases: Vec<Phase>,
+    streams: Vec<MatrixStream>,
     /// Most rows of a block in a phase, most segments of an input, and most bytes for attention.
     rows: u32,
     segments: u32,
     attention_bytes: u32,
+    /// The residual stream, which the embedding writes.
+    embedded: usize,
 }
 
 /// The kernel's number of an encoding.
@@ -188,6 +267,20 @@ fn coding(encoding: Encoding) -> Option<u32> {
         Encoding::Q8_0 => 3,
         _ => return None,
     })
+}
+
+/// Bytes of a segment of an encoding, and segments of a piece.
+const PIECES: [(u32, u32); 4] = [(144, 32), (176, 26), (210, 21), (272, 17)];
+
+/// How many lanes share a segment, for a phase of so many pieces a block: more where warps would be idle.
+fn spread(pieces: u32) -> u32 {
+    // Rounds of pieces, times what a piece costs a warp relative to one lane for each segment.
+    let cost = |lanes: u32, share: u32| pieces.div_ceil(WARPS / lanes) * share;
+    let costs = [(1, cost(1, 100)), (2, cost(2, 60)), (4, cost(4, 40))];
+    costs
+        .into_iter()
+        .min_by_key(|(_, cost)| *cost)
+        .map_or(1, |(lanes, _)| lanes)
 }
 
 /// A vector as integers: the value it came from and the step that made it.
@@ -207,6 +300,22 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
 
     fn ptr(&self, value: usize) -> u64 {
         self.work.values[value].ptr
+    }
+
+    /// Where a value's mail lies.
+    fn mail(&self, value: usize) -> u64 {
+        let dims = &self.work.dims.values;
+        let before = dims
+            .iter()
+            .take(value)
+            .filter(|(kind, _)| *kind == ValueKind::F32);
+        let words: u64 = before.map(|(_, width)| u64::from(*width)).sum();
+        self.work.control + self.control.mail + 8 * words
+    }
+
+    /// Where the residual stream's second mailbox lies: behind all values' mail.
+    fn second_mail(&self) -> u64 {
+        self.mail(self.work.dims.values.len())
     }
 
     fn quantise(&mut self, of: usize) -> Option<Quantised> {
@@ -252,7 +361,7 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
                 weight: matrix.ptr,
                 exponents: matrix.exponents,
                 bias: bias.map_or(0, |b| b.ptr),
-                out: self.ptr(out),
+                out: self.mail(out),
                 rows: u32::try_from(matrix.shape.rows).ok()?,
                 coding: coding(matrix.encoding)?,
                 step,
@@ -268,14 +377,36 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         if u64::from(rows) * u64::from(segments) * u64::from(segments) >= 1 << 32 {
             return None;
         }
+        // The norm is taken of a vector that fits where values of attention lie otherwise.
+        if base.prologue == NORM && from.cols * 4 > VALUES as usize {
+            return None;
+        }
+        let mut pieces = 0;
+        for matrix in matrices {
+            let (segment_bytes, piece) = PIECES[matrix.coding as usize];
+            let row_bytes = segments.checked_mul(segment_bytes)?;
+            matrix.rows.div_ceil(self.blocks).checked_mul(row_bytes)?;
+            pieces += (matrix.rows.div_ceil(self.blocks) * segments).div_ceil(piece);
+            self.streams.push(MatrixStream {
+                weight: matrix.weight,
+                rows: matrix.rows,
+                row_bytes,
+                piece_bytes: segment_bytes * piece,
+                pad: 0,
+            });
+        }
         let mut product = Product {
-            input: self.ptr(from.input),
+            mail: if base.plain == 0 { self.mail(from.input) } else { 0 },
             matrices: matrices.len() as u32,
             segments,
             magic: (1u64 << 32).div_ceil(segments.into()).min(u32::MAX.into()) as u32,
             quantise_step: from.step,
+            spread: spread(pieces),
             ..base
         };
+        if base.mail != 0 {
+            product.mail = base.mail;
+        }
         product.matrix[..matrices.len()].copy_from_slice(matrices);
         self.phases.push(Phase::Product(product));
         self.rows = self.rows.max(rows);
@@ -332,8 +463,11 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         }
     }
 
-    fn layer(&mut self, x: usize) -> Option<()> {
-        let (input, base) = self.normed(x)?;
+    fn layer(&mut self, x: usize, first: bool) -> Option<()> {
+        let (input, mut base) = self.normed(x)?;
+        if first {
+            base.plain = self.ptr(x);
+        }
         let [(q, wq), (k, wk), (v, wv)] = [
             self.product(&input)?,
             self.product(&input)?,
@@ -371,15 +505,15 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             padded,
             positions,
         } = self.work.cache[layer];
-        if cached as usize != head_dim || !head_dim.is_multiple_of(8) || 2 * head_dim > CONSUMERS as usize {
+        if cached as usize != head_dim || !head_dim.is_multiple_of(8) || head_dim > THREADS as usize {
             return None;
         }
         self.phases.push(Phase::Attention(Attention {
-            query: self.ptr(q),
-            key: self.ptr(k),
-            value: self.ptr(v),
+            query: self.mail(q),
+            key: self.mail(k),
+            value: self.mail(v),
             table: *self.tables.get(table)?,
-            out: self.ptr(attended),
+            out: self.mail(attended),
             cache,
             kv_heads,
             head_dim: cached,
@@ -399,21 +533,14 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         let (branch, wo) = self.product(&input)?;
         self.added(x, branch)?;
         let residual = |prologue| Product {
-            residual: 0,
             prologue,
             epilogue: RESIDUAL,
             ..Product::default()
         };
-        let to_x = |matrix, ptr| StepMatrix { out: ptr, ..matrix };
-        let at_x = self.ptr(x);
-        self.push(
-            &input,
-            &[to_x(wo, at_x)],
-            Product {
-                residual: at_x,
-                ..residual(MERGE)
-            },
-        )?;
+        let to = |matrix, out| StepMatrix { out, ..matrix };
+        // The residual stream has two mailboxes, for before and after the gated product.
+        let between = self.second_mail();
+        self.push(&input, &[to(wo, between)], residual(MERGE))?;
         let (input, base) = self.normed(x)?;
         let [(gate, wg), (up, wu)] = [self.product(&input)?, self.product(&input)?];
         let StepKind::Activation {
@@ -434,19 +561,18 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             ActivationKind::Silu => SILU,
             ActivationKind::GeluTanh => GELU,
         };
-        let at_inner = self.ptr(inner);
-        self.push(&input, &[to_x(wg, at_inner), wu], Product { epilogue, ..base })?;
+        let at_inner = self.mail(inner);
+        let gated = Product {
+            epilogue,
+            mail: between,
+            ..base
+        };
+        self.push(&input, &[to(wg, at_inner), wu], gated)?;
         let input = self.quantise(inner)?;
         let (branch, wd) = self.product(&input)?;
         self.added(x, branch)?;
-        self.push(
-            &input,
-            &[to_x(wd, at_x)],
-            Product {
-                residual: at_x,
-                ..residual(PLAIN)
-            },
-        )
+        let at_x = self.mail(x);
+        self.push(&input, &[to(wd, at_x)], residual(PLAIN))
     }
 
     /// All phases; the number of steps before them.
@@ -454,15 +580,27 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         let StepKind::Embed { out: x, .. } = *self.next()?.1 else {
             return None;
         };
-        for _ in 0..layers {
-            self.layer(x)?;
+        for layer in 0..layers {
+            self.layer(x, layer == 0)?;
         }
         let (input, base) = self.normed(x)?;
         let (out, matrix) = self.product(&input)?;
-        if out != logits || self.at != self.steps.len() {
+        if out != logits || self.at != self.steps.len() || layers == 0 {
             return None;
         }
-        self.push(&input, &[matrix], base)?;
+        let matrix = StepMatrix {
+            out: self.ptr(out),
+            ..matrix
+        };
+        self.push(
+            &input,
+            &[matrix],
+            Product {
+                epilogue: LOGITS,
+                ..base
+            },
+        )?;
+        self.embedded = x;
         Some(1)
     }
 }
@@ -485,6 +623,8 @@ impl Persistent {
             return Ok(None);
         }
         let blocks = context.device.multiprocessors;
+        let control = Control::new(&work.dims)
+            .ok_or_else(|| Error::internal(crate::NAME, "a workspace past 2^64 bytes was taken"))?;
         let mut matcher = Matcher {
             steps: &resolved.steps,
             at: 0,
@@ -492,38 +632,50 @@ impl Persistent {
             tables,
             weight,
             blocks,
+            control,
             phases: Vec::new(),
+            streams: Vec::new(),
             rows: 0,
             segments: 0,
             attention_bytes: 0,
+            embedded: 0,
         };
         let Some(before) = matcher.program(work.dims.kv.len(), resolved.logits) else {
             return Ok(None);
         };
         let segment_limit = matcher.segments.max(matcher.attention_bytes.div_ceil(CODES));
         let row_limit = matcher.rows.next_multiple_of(8);
+        let stream_count = matcher.streams.len() as u32;
+        let embedded = work.values[matcher.embedded];
+        let own_limit = embedded.width.div_ceil(blocks).next_multiple_of(4);
         // Everything but the ring and its barriers, as the kernel lays it out; 128 for its alignment.
-        let fixed = 2 * 224 + 320 * 4 + row_limit * 10 + segment_limit * (CODES + META) + VALUES + 128 + 32;
+        let fixed = (stream_count * RUN).next_multiple_of(16)
+            + 2 * 224
+            + 320 * 4
+            + row_limit * 10
+            + own_limit * 4
+            + segment_limit * (CODES + META)
+            + VALUES
+            + 128;
         // The kernel's own static shared memory counts too.
         let shared = context.device.shared_memory_optin.saturating_sub(256);
-        let slots = (shared.saturating_sub(fixed) / (SLOT + 16)).min(most_slots) / WARPS * WARPS;
+        let slots = (shared.saturating_sub(fixed) / (SLOT + 12)).min(most_slots) / WARPS * WARPS;
         if slots == 0 {
             return Ok(None);
         }
         let function = modules.function("step", "decode_step")?;
-        let bytes = fixed + slots * (SLOT + 16);
+        let bytes = fixed + slots * (SLOT + 12);
         function.allow_shared(bytes)?;
         if function.blocks_per_multiprocessor(THREADS, bytes)? == 0 {
             return Ok(None);
         }
         let descriptors: Vec<u8> = matcher.phases.iter().flat_map(Phase::bytes).collect();
-        let at = work.control + COUNTER_BYTES;
-        // SAFETY: pageable memory; `control_bytes` has counted the most phases that a program of so many layers has.
-        unsafe { stream.copy_htod(at, &descriptors) }?;
-        // SAFETY: the counter is the workspace's, which only this stream uses.
-        unsafe { stream.fill(work.control, 0, COUNTER_BYTES as usize) }?;
-        stream.synchronize()?;
-        Ok(Some(Self {
+        let base = work.control;
+        // SAFETY: pageable memory; `Control` has counted the most phases that a program of so many layers has.
+        unsafe { stream.copy_htod(base + control.phases, &descriptors) }?;
+        // SAFETY: as above, for matrices.
+        unsafe { stream.copy_htod(base + control.streams, bytemuck::cast_slice(&matcher.streams)) }?;
+        let this = Self {
             function,
             launch: Launch {
                 shared: bytes,
@@ -531,22 +683,55 @@ impl Persistent {
                 ..Launch::linear(blocks, THREADS)
             },
             params: StepParams {
-                phases: at,
+                phases: base + control.phases,
+                streams: base + control.streams,
                 row: work.rows,
-                arrived: work.control,
+                counters: base,
                 fault: work.fault,
-                sums: work.sums,
-                partial: work.partial,
-                times: at + descriptors.len() as u64,
+                sums: base + control.sums,
+                partial: base + control.partial,
+                embedded: embedded.ptr,
+                times: base + control.times,
                 count: matcher.phases.len() as u32,
+                stream_count,
                 splits: work.dims.capacity.max_context.div_ceil(SPLIT),
                 slots,
                 row_limit,
                 segment_limit,
+                width: embedded.width,
+                own_limit,
+                ahead: AHEAD / SLOT,
                 pad: 0,
             },
+            numbered: [
+                (base, COUNTER_BYTES as usize),
+                (base + control.mail, (control.end - control.mail) as usize),
+            ],
+            steps: Cell::new(0),
             before,
-        }))
+        };
+        this.empty(stream)?;
+        stream.synchronize()?;
+        Ok(Some(this))
+    }
+
+    /// Empties all mail and starts to number anew.
+    fn empty(&self, stream: &Stream) -> Result<()> {
+        for (at, bytes) in self.numbered {
+            // SAFETY: both are the workspace's, which only this stream uses.
+            unsafe { stream.fill(at, 0, bytes) }?;
+        }
+        self.steps.set(0);
+        Ok(())
+    }
+
+    /// To be called before each launch of what [`Persistent::launch`] has recorded.
+    pub(super) fn count(&self, stream: &Stream) -> Result<()> {
+        if self.steps.get() == NUMBERED_STEPS {
+            self.empty(stream)?;
+        }
+        self.steps.set(self.steps.get() + 1);
+        Ok(())
     }
 
     /// Enqueues everything behind the embedding.

@@ -126,6 +126,8 @@ struct Fibre {
     /// What it waits for: a barrier's address and parity, a counter and its least value, a named barrier's number.
     const void *address;
     unsigned value;
+    /// Whether the counter must be just that.
+    bool equal;
     /// Numbers of its own copies that it has not waited for yet, and the group that is open.
     std::vector<size_t> copies;
     unsigned group;
@@ -529,7 +531,8 @@ bool look_at_counters(Group &g) {
     bool any = false;
     for (size_t i = 0; i < g.at_counters.size();) {
         Fibre *f = g.at_counters[i];
-        if (__atomic_load_n(static_cast<const unsigned *>(f->address), __ATOMIC_SEQ_CST) >= f->value) {
+        unsigned now = __atomic_load_n(static_cast<const unsigned *>(f->address), __ATOMIC_SEQ_CST);
+        if (f->equal ? now == f->value : now >= f->value) {
             g.at_counters[i] = g.at_counters.back();
             g.at_counters.pop_back();
             wake(*f);
@@ -959,9 +962,33 @@ void await_at_least(const unsigned *counter, unsigned least, Site site) {
         pause();
         return;
     }
-    f.address = counter, f.value = least;
+    f.address = counter, f.value = least, f.equal = false;
     f.block->group->at_counters.push_back(&f);
     sleep(Waits::Counter, "await_at_least", site);
+}
+
+void word_changed() {
+    Group &g = *current().block->group;
+    // Those who wait see it at some time, at the latest when nobody else can go on.
+    if (!g.at_counters.empty() && g.random.below(256) == 0) look_at_counters(g);
+    pause();
+}
+
+unsigned await_word(const unsigned long long *word, unsigned number, Site site) {
+    Fibre &f = current();
+    unsigned long long now = __atomic_load_n(word, __ATOMIC_SEQ_CST);
+    if ((unsigned)(now >> 32) != number) {
+        // The number is the upper half, which stands second in memory.
+        f.address = reinterpret_cast<const unsigned *>(word) + 1, f.value = number, f.equal = true;
+        f.block->group->at_counters.push_back(&f);
+        sleep(Waits::Counter, "await_word", site);
+        now = __atomic_load_n(word, __ATOMIC_SEQ_CST);
+        // Whoever waits for a word must get it before another writes there again.
+        if ((unsigned)(now >> 32) != number) give_up("await_word at " + at(site) + ": the word was written again");
+    } else {
+        pause();
+    }
+    return (unsigned)now;
 }
 
 unsigned long long cycles() { return current().block->group->clock; }
