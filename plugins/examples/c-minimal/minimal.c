@@ -1,6 +1,5 @@
 /* A whole backend in C, residency profile: it holds weights in host memory and gives them back. Start here, and replace
  * malloc and memcpy by what your device has. Build, from this folder:
- *
  *   cc -std=c11 -O2 -Wall -Wextra -fPIC -shared -fvisibility=hidden -I../../../include minimal.c -o libc_minimal.so
  */
 #include "hoist_plugin_helpers.h"
@@ -55,6 +54,7 @@ static hoist_status device_open(uint32_t ordinal, const hoist_open_options *opti
     HOIST_REQUIRE(ordinal == 0 && out != NULL, INVALID_ARGUMENT, "device %u of 1", ordinal);
     HOIST_REQUIRE(hoist_take(&o, sizeof o, options), INVALID_ARGUMENT, "options is NULL");
     HOIST_REQUIRE(o.flags <= (HOIST_OPTION_IMPORT | HOIST_OPTION_FORCE_SCALAR), INVALID_ARGUMENT, "unknown flag");
+    HOIST_REQUIRE((o.flags & HOIST_OPTION_IMPORT) == 0, UNSUPPORTED, "weights are copied, not imported");
     device *d = calloc(1, sizeof *d);
     HOIST_REQUIRE(d != NULL, OUT_OF_HOST_MEMORY, "no memory for a device");
     d->budget = o.memory_budget;
