@@ -45,6 +45,24 @@ pub(crate) struct IndexRow {
 
 const _: () = assert!(size_of::<IndexRow>() as u64 == INDEX_ENTRY_BYTES);
 
+/// What a thread of the backend works on. It is waited for when this is dropped, since it holds the context.
+#[derive(Debug)]
+struct Aside<T>(Option<JoinHandle<T>>);
+
+impl<T> Aside<T> {
+    /// What came of it; `None` if it panicked, which has been printed.
+    fn wait(mut self) -> Option<T> {
+        self.0.take().and_then(|thread| thread.join().ok())
+    }
+}
+
+impl<T> Drop for Aside<T> {
+    fn drop(&mut self) {
+        // A panic there has been printed, and left nothing to do here.
+        let _ = self.0.take().map(JoinHandle::join);
+    }
+}
+
 /// Makes what a load needs beside what the caller does meanwhile; `None` if there can be no thread for it.
 fn equip(
     context: &Arc<Context>,
@@ -52,12 +70,13 @@ fn equip(
     preparation: Option<Preparation>,
     threads: Option<u32>,
     pin_limit: Option<usize>,
-) -> Option<JoinHandle<Result<Equipment>>> {
+) -> Option<Aside<Result<Equipment>>> {
     let (context, modules) = (Arc::clone(context), Arc::clone(modules));
     std::thread::Builder::new()
         .name("hoist-equip".into())
         .spawn(move || Equipment::new(&context, &modules, preparation, threads, pin_limit))
         .ok()
+        .map(|thread| Aside(Some(thread)))
 }
 
 /// The CUDA backend, on one device.
@@ -77,9 +96,9 @@ pub struct CudaBackend {
     pub(crate) workspace_bytes: WorkspaceBytes,
     pub(crate) engine: Option<Engine>,
     /// What the next load needs, made by a thread while headers are read.
-    equipment: Option<JoinHandle<Result<Equipment>>>,
+    equipment: Option<Aside<Result<Equipment>>>,
     /// Gives back what the last load needed.
-    clearing: Option<JoinHandle<()>>,
+    clearing: Option<Aside<()>>,
     /// Bytes past which the driver is made to refuse page locking.
     pin_limit: Option<usize>,
     one_launch: OneLaunch,
@@ -166,8 +185,8 @@ impl CudaBackend {
 
     /// What a load needs: what was made ahead, or is made now.
     fn equipment(&mut self) -> Result<Equipment> {
-        match self.equipment.take().map(JoinHandle::join) {
-            Some(Ok(Ok(equipment))) => Ok(equipment),
+        match self.equipment.take().and_then(Aside::wait) {
+            Some(Ok(equipment)) => Ok(equipment),
             // There was no thread, or what went wrong then goes wrong again and says so.
             _ => Equipment::new(
                 &self.context,
@@ -271,10 +290,7 @@ impl CudaBackend {
     }
 
     fn clear(&mut self) {
-        if let Some(clearing) = self.clearing.take() {
-            // A panic there has been printed, and left nothing to do here.
-            let _ = clearing.join();
-        }
+        self.clearing = None;
         // Its program speaks of the weights' addresses.
         self.engine = None;
         self.workspace_bytes = WorkspaceBytes::default();
@@ -374,7 +390,7 @@ impl WeightBackend for CudaBackend {
         match loaded {
             Ok((notes, remains)) => {
                 self.notes = notes;
-                self.clearing = remains.give_back();
+                self.clearing = remains.give_back().map(|thread| Aside(Some(thread)));
                 self.ledger = Some(books);
                 self.finished = true;
                 Ok(())
@@ -579,7 +595,7 @@ impl CudaBackend {
     pub fn limit_pinned_memory(&mut self, bytes: usize) {
         self.pin_limit = Some(bytes);
         // What was made without the limit is not used.
-        drop(self.equipment.take().map(JoinHandle::join));
+        self.equipment = None;
     }
 
     /// Decodes a token of a program of the llama kind in one launch, from the next workspace on: an experiment that the

@@ -7,6 +7,7 @@
 //! | `params` | what kernels take |
 //! | `steps` | each operation as launches |
 //! | `prefill` | products with many tokens, on tensor cores |
+//! | `attention` | attention of many tokens at once |
 //! | `persistent` | a whole token of a llama-like program as one launch, where that is asked for |
 //! | `graph` | a step recorded once |
 //!
@@ -14,6 +15,7 @@
 //! program is prepared: a step then uploads a token and a position, launches once, and brings back a fault word and an
 //! arg-max.
 
+mod attention;
 mod graph;
 mod kernels;
 mod params;

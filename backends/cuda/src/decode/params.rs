@@ -163,6 +163,7 @@ pub(super) struct Attention {
     pub(super) scale: f32,
     pub(super) cap: f32,
     pub(super) capped: u32,
+    pub(super) tokens: u32,
 }
 
 #[repr(C)]

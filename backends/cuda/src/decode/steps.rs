@@ -7,6 +7,7 @@ use hoist_backend::{
     Table, UnsupportedWhat, WeightClass, WeightId,
 };
 
+use super::attention::{self, AttentionRows};
 use super::params::{
     ArgMax, Attention, CacheLayer, Elements, Embed, FloatMatMul, Gather, MatMul, Norm, Quantise, Rope,
     Router, Store, Tiled, WeightedSum,
@@ -74,6 +75,8 @@ struct Launchable {
     matrix: Option<Matrix>,
     /// Of a product, the kernels for many tokens.
     tiled: Option<Product>,
+    /// Of attention, the kernel for many tokens that follow each other.
+    rows_at_once: Option<AttentionRows>,
     /// Bias of a matmul, weight of a norm.
     vector: u64,
     /// Bias of a LayerNorm.
@@ -102,6 +105,8 @@ struct Machine<'a> {
     tokens: u32,
     /// Splits of attention to launch.
     splits: u32,
+    /// Runs of tokens that follow each other.
+    runs: u32,
     /// What is packed.
     held: Held,
 }
@@ -174,6 +179,7 @@ impl Prepared {
                     second: None,
                     matrix: None,
                     tiled: None,
+                    rows_at_once: None,
                     vector: 0,
                     bias: 0,
                     rows: 1,
@@ -186,6 +192,7 @@ impl Prepared {
                     function: modules.function(file, kernel)?,
                     second: None,
                     tiled: None,
+                    rows_at_once: None,
                     matrix: Some(Matrix::new(&weight)?),
                     vector: bias.map(at).transpose()?.map_or(0, |b| b.ptr),
                     bias: 0,
@@ -242,6 +249,13 @@ impl Prepared {
                 StepKind::Attention { heads, layer, .. } => {
                     Self::check_attention(work, *heads, *layer)?;
                     Launchable {
+                        rows_at_once: AttentionRows::new(
+                            modules,
+                            device,
+                            &work.cache[*layer],
+                            *heads as u32,
+                            work.dims.capacity.kv,
+                        )?,
                         second: Some(decode("attention_merge")?),
                         ..plain(if f16 { "attention_f16" } else { "attention_f32" })?
                     }
@@ -338,6 +352,11 @@ impl Prepared {
             work,
             tokens,
             splits: splits.unwrap_or(all).min(all),
+            runs: match &work.batch {
+                batch if batch.len() == tokens as usize => attention::runs(batch),
+                // Kept tokens, which attend no more, or none yet.
+                _ => tokens,
+            },
             held: Held::default(),
         };
         for at in steps {
@@ -442,7 +461,14 @@ impl Prepared {
                         scale,
                         cap: soft_cap.unwrap_or(0.0),
                         capped: soft_cap.is_some().into(),
+                        tokens: n,
                     };
+                    if let Some(rows) = l.rows_at_once.as_ref().filter(|r| r.suits(tokens, on.runs)) {
+                        let (function, launch) = rows.launch(on.splits, cache.kv_heads, n);
+                        on.run(function, launch, &params)?;
+                        on.run(merge, grid(heads as u32, n, 1, 128, 0), &params)?;
+                        continue;
+                    }
                     let blocks = cache.kv_heads * group.div_ceil(HEADS);
                     let launch = grid(on.splits, blocks, n, SPLIT, attention_shared(&cache));
                     on.run(&l.function, launch, &params)?;
@@ -499,6 +525,7 @@ impl Prepared {
             work,
             tokens: count,
             splits: 0,
+            runs: 0,
             held: Held::default(),
         };
         let carried = self
@@ -529,6 +556,7 @@ impl Prepared {
             work,
             tokens,
             splits: 0,
+            runs: 0,
             held: Held::default(),
         };
         let params = ArgMax {
