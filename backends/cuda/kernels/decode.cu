@@ -1,7 +1,7 @@
 // Every operation of a decode program, one kernel or two each, for any number of tokens. Parameters are passed as one
 // struct, whose twin is in src/decode/params.rs.
 
-#include "decode.cuh"
+#include "attention.cuh"
 
 namespace hoist {
 
@@ -287,40 +287,6 @@ extern "C" __global__ void rope(const __grid_constant__ RopeParams p) {
     }
 }
 
-/// Positions whose keys lie together, element after element, so that a warp's loads of one element are contiguous.
-constexpr u32 KEY_BLOCK = 64;
-/// Positions that share a maximum (§4).
-constexpr u32 SPLIT = 256;
-
-struct KvF16 {
-    typedef u16 T;
-    DEVICE u16 narrow(float x) { return f16_of_f32(x); }
-    DEVICE bool finite(u16 x) { return (x & 0x7fff) < 0x7c00; }
-    DEVICE float widen(u16 x) { return f32_of_f16(x); }
-};
-struct KvF32 {
-    typedef float T;
-    DEVICE float narrow(float x) { return x; }
-    DEVICE bool finite(float x) { return is_finite(x); }
-    DEVICE float widen(float x) { return x; }
-};
-
-/// A layer's cache: [sequence][kv_head], keys then values of each. Keys: [position / 64][element / 8][position mod 64][8];
-/// values: [position][element]. Elements are padded to a multiple of 8.
-struct CacheLayer {
-    void *base;
-    u32 kv_heads, head_dim, padded, positions;
-};
-static_assert(sizeof(CacheLayer) == 24);
-
-template <class K> DEVICE typename K::T *keys_of(const CacheLayer &c, u32 sequence, u32 head) {
-    return (typename K::T *)c.base + ((size_t)sequence * c.kv_heads + head) * 2 * c.padded * c.positions;
-}
-
-DEVICE size_t key_at(const CacheLayer &c, u32 position, u32 element) {
-    return (((size_t)(position / KEY_BLOCK) * (c.padded / 8) + element / 8) * KEY_BLOCK + position % KEY_BLOCK) * 8 + element % 8;
-}
-
 struct StoreParams {
     CacheLayer cache;
     const float *key, *value;
@@ -352,26 +318,8 @@ template <class K> DEVICE void store_kv(const StoreParams &p) {
 extern "C" __global__ void store_kv_f16(const __grid_constant__ StoreParams p) { store_kv<KvF16>(p); }
 extern "C" __global__ void store_kv_f32(const __grid_constant__ StoreParams p) { store_kv<KvF32>(p); }
 
-struct AttentionParams {
-    CacheLayer cache;
-    const float *query;
-    float *out;
-    const Row *rows;
-    /// [token][head][split]: maximum and sum, and [head_dim] weighted values of each.
-    float2 *sums;
-    float *partial;
-    u32 first_token, heads, splits, window;
-    float scale, cap;
-    u32 capped;
-};
-static_assert(sizeof(AttentionParams) == 96);
-
 /// Query heads of one key/value head that a block takes at once.
 constexpr int HEADS = 4;
-
-DEVICE u32 first_visible(const AttentionParams &p, u32 position) {
-    return p.window && p.window <= position ? position + 1 - p.window : 0;
-}
 
 /// One block of 256 threads for each (split, key/value head and group of query heads, token).
 template <class K> DEVICE void attention_split(const AttentionParams &p) {

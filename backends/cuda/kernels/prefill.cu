@@ -1,5 +1,6 @@
 // What prefill does beside the products of prefill.cuh, for many tokens at once.
 
+#include "attention.cuh"
 #include "prefill.cuh"
 
 namespace hoist {
@@ -65,5 +66,170 @@ extern "C" __global__ void __launch_bounds__(256) pack(const __grid_constant__ P
         }
     }
 }
+
+// ---- attention of many tokens ----
+
+/// Rows of a block, each of a token and one of the query heads that share keys: a warp has eight. HEAD: elements of a head, at
+/// most, of which a lane has HEAD / 32.
+constexpr u32 QUERY_ROWS = 64, WARP_QUERIES = 8;
+/// Elements of keys that a step brings for all positions of a split, and values of a step.
+constexpr u32 KEY_ELEMENTS = 8, VALUE_ELEMENTS = 2048;
+
+/// Eight stored numbers on their way.
+template <class K> struct Eight {
+    typename K::T x[8];
+    DEVICE void load(Eight &to, const typename K::T *from, bool here) {
+        for (int i = 0; i < (int)sizeof(to) / 16; i++)
+            ((uint4 *)to.x)[i] = here ? ((const uint4 *)from)[i] : uint4{0, 0, 0, 0};
+    }
+};
+
+/// One block of 256 threads for each (split, key/value head, as many tokens as have QUERY_ROWS query heads). Keys and values
+/// are read once for all rows; each row's sums have the one order of docs/numerics.md §4.
+template <class K, u32 HEAD> DEVICE void attention_rows(const AttentionParams &p) {
+    DYNAMIC_SHARED(float, shared, 16);
+    typedef typename K::T T;
+    constexpr u32 PER_LANE = HEAD / 32, VALUE_STEP = VALUE_ELEMENTS / HEAD;
+    const CacheLayer &c = p.cache;
+    u32 t = threadIdx.x, warp = t >> 5, lane = t & 31;
+    u32 group = p.heads / c.kv_heads, kv_head = blockIdx.y, tile = QUERY_ROWS / group;
+    u32 begin = p.first_token + blockIdx.z * tile, stop = min(begin + tile, p.first_token + p.tokens);
+    u32 base = blockIdx.x * SPLIT;
+    // [element][row]; [warp][position][row of the warp]; two stages of keys [element][position] or values [position][element].
+    float *queries = shared, *weights = queries + HEAD * QUERY_ROWS + warp * SPLIT * WARP_QUERIES;
+    float *stages = queries + HEAD * QUERY_ROWS + QUERY_ROWS * SPLIT;
+    // Tokens that follow each other in one sequence; mostly, all.
+    for (u32 start = begin, end; start < stop; start = end) {
+        u32 sequence = p.rows[start].sequence, position = p.rows[start].position;
+        for (end = start + 1; end < stop; end++)
+            if (p.rows[end].sequence != sequence || p.rows[end].position != position + (end - start)) break;
+        u32 first = max(first_visible(p, position), base), last = min(position + (end - start) - 1, base + SPLIT - 1);
+        if (first > last) continue;
+        u32 rows = (end - start) * group;
+        // What the tokens before have left in shared memory is done with.
+        meet_block();
+        for (u32 i = t; i < QUERY_ROWS * c.head_dim; i += 256) {
+            u32 row = i % QUERY_ROWS, element = i / QUERY_ROWS;
+            size_t at = ((size_t)(start + row / group) * p.heads + kv_head * group + row % group) * c.head_dim + element;
+            queries[i] = row < rows ? p.query[at] : 0.0f;
+        }
+        const T *keys = keys_of<K>(c, sequence, kv_head), *values = keys + (size_t)c.padded * c.positions;
+        float s[WARP_QUERIES][8];
+#pragma unroll
+        for (u32 j = 0; j < WARP_QUERIES; j++)
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) s[j][i] = 0.0f;
+        Eight<K> next;
+        bool stored = base + t >= first && base + t <= last;
+        Eight<K>::load(next, keys + key_at(c, base + t, 0), stored);
+#pragma unroll 1
+        for (u32 element = 0, stage = 0; element < c.head_dim; element += KEY_ELEMENTS, stage ^= 1) {
+            float *k = stages + stage * (KEY_ELEMENTS * SPLIT);
+            for (u32 i = 0; i < KEY_ELEMENTS; i++) k[i * SPLIT + t] = K::widen(next.x[i]);
+            meet_block();
+            bool more = stored && element + KEY_ELEMENTS < c.head_dim;
+            if (more) Eight<K>::load(next, keys + key_at(c, base + t, element + KEY_ELEMENTS), true);
+#pragma unroll
+            for (u32 n = 0; n < KEY_ELEMENTS; n++) {
+                const float *q = queries + (element + n) * QUERY_ROWS + warp * WARP_QUERIES;
+                float4 low = *(const float4 *)q, high = *(const float4 *)(q + 4);
+                float of_rows[WARP_QUERIES] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+                for (u32 i = 0; i < 8; i++) {
+                    float x = k[n * SPLIT + 32 * i + lane];
+#pragma unroll
+                    for (u32 j = 0; j < WARP_QUERIES; j++) s[j][i] = fma(of_rows[j], x, s[j][i]);
+                }
+            }
+        }
+#pragma unroll
+        for (u32 j = 0; j < WARP_QUERIES; j++) {
+            u32 row = warp * WARP_QUERIES + j, token = start + min(row, rows - 1) / group;
+            u32 own_last = p.rows[token].position, own_first = first_visible(p, own_last);
+            float m = -INFINITY;
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) {
+                u32 at = base + 32 * i + lane;
+                s[j][i] = mul(s[j][i], p.scale);
+                if (p.capped) s[j][i] = soft_capped(s[j][i], p.cap);
+                if (at >= own_first && at <= own_last && s[j][i] > m) m = s[j][i];
+            }
+            for (int h = 16; h > 0; h >>= 1) {
+                float other = shuffle_xor(m, h);
+                m = other > m ? other : m;
+            }
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) {
+                u32 at = base + 32 * i + lane;
+                s[j][i] = at >= own_first && at <= own_last ? exponential(sub(s[j][i], m)) : 0.0f;
+            }
+            // dot64's order: a lane has two accumulators, 32 apart.
+            float even = 0.0f, odd = 0.0f;
+            for (u32 i = 0; i < 8; i += 2) even = add(even, s[j][i]), odd = add(odd, s[j][i + 1]);
+            float l = add(even, odd);
+            for (int h = 16; h > 0; h >>= 1) l = add(l, shuffle_xor(l, h));
+            // A split that the row does not see is not looked at when splits merge.
+            if (lane == 0 && row < rows) {
+                u32 head = kv_head * group + row % group;
+                p.sums[((size_t)(token - p.first_token) * p.heads + head) * p.splits + blockIdx.x] = make_float2(m, l);
+            }
+        }
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            float4 *w = (float4 *)(weights + (32 * i + lane) * WARP_QUERIES);
+            w[0] = float4{s[0][i], s[1][i], s[2][i], s[3][i]};
+            w[1] = float4{s[4][i], s[5][i], s[6][i], s[7][i]};
+        }
+        float o[WARP_QUERIES][PER_LANE];
+#pragma unroll
+        for (u32 j = 0; j < WARP_QUERIES; j++)
+            for (u32 i = 0; i < PER_LANE; i++) o[j][i] = 0.0f;
+        u32 place = 8 * t / HEAD, element = 8 * t % HEAD;
+        bool within = element < c.padded;
+        Eight<K>::load(next, values + (size_t)(first + place) * c.padded + element, within && first + place <= last);
+        // Keys are done with; the weights of a warp are its own.
+        meet_block();
+#pragma unroll 1
+        for (u32 from = first, stage = 0; from <= last; from += VALUE_STEP, stage ^= 1) {
+            float *v = stages + stage * VALUE_ELEMENTS;
+            for (u32 i = 0; i < 8; i++) v[8 * t + i] = K::widen(next.x[i]);
+            meet_block();
+            u32 ahead = from + VALUE_STEP + place;
+            Eight<K>::load(next, values + (size_t)ahead * c.padded + element, within && ahead <= last);
+            // Positions past the last one have no weight and values of zero.
+            u32 steps = min(VALUE_STEP, base + SPLIT - from);
+#pragma unroll 4
+            for (u32 n = 0; n < steps; n++) {
+                const float *w = weights + (from - base + n) * WARP_QUERIES;
+                float4 low = *(const float4 *)w, high = *(const float4 *)(w + 4);
+                float of_rows[WARP_QUERIES] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+                float x[PER_LANE];
+                for (u32 i = 0; i < PER_LANE; i++) x[i] = v[n * HEAD + lane * PER_LANE + i];
+#pragma unroll
+                for (u32 j = 0; j < WARP_QUERIES; j++)
+                    for (u32 i = 0; i < PER_LANE; i++) o[j][i] = fma(of_rows[j], x[i], o[j][i]);
+            }
+        }
+#pragma unroll
+        for (u32 j = 0; j < WARP_QUERIES; j++) {
+            u32 row = warp * WARP_QUERIES + j;
+            if (row >= rows) break;
+            u32 token = start + row / group - p.first_token, head = kv_head * group + row % group;
+            float *out = p.partial + (((size_t)token * p.heads + head) * p.splits + blockIdx.x) * c.head_dim;
+            for (u32 i = 0; i < PER_LANE; i++)
+                if (lane * PER_LANE + i < c.head_dim) out[lane * PER_LANE + i] = o[j][i];
+        }
+    }
+}
+
+#define ATTENTION_ROWS(name, K, HEAD)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 2)                                                               \
+        attention_rows_##name##_##HEAD(const __grid_constant__ AttentionParams p) {                                    \
+        attention_rows<K, HEAD>(p);                                                                                    \
+    }
+ATTENTION_ROWS(f16, KvF16, 64)
+ATTENTION_ROWS(f16, KvF16, 128)
+ATTENTION_ROWS(f32, KvF32, 64)
+ATTENTION_ROWS(f32, KvF32, 128)
 
 } // namespace hoist
