@@ -118,6 +118,21 @@ impl Emulator {
         assert!(code == 0, "`{settings}` are no settings");
     }
 
+    /// Forgets everything that is alive, and every fault: after a release that was made to fail. Nothing may be under way.
+    ///
+    /// # Panics
+    /// If the library is not whole.
+    #[expect(clippy::panic, reason = "only tests come here")]
+    pub fn reset(&self) {
+        type Reset = unsafe extern "C" fn() -> i32;
+        // SAFETY: the library's own function of that type.
+        let Ok(reset) = (unsafe { self.library.get::<Reset>(b"hoist_emulated_reset\0") }) else {
+            panic!("the emulated driver is not whole")
+        };
+        // SAFETY: takes nothing; the caller has nothing under way.
+        let _ = unsafe { reset() };
+    }
+
     /// What is alive now, and what has happened since the last [`Emulator::configure`].
     ///
     /// # Panics

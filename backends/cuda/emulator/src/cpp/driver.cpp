@@ -299,7 +299,7 @@ struct Device {
         int none = 0;
         if (!lost.compare_exchange_strong(none, code)) return;
         report = why;
-        std::fprintf(stderr, "emulated device: %s\n", why.c_str());
+        if (why.find("as asked") == std::string::npos) std::fprintf(stderr, "emulated device: %s\n", why.c_str());
     }
 };
 
@@ -545,6 +545,19 @@ CALL hoist_emulated_configure(const char *text) {
     d.calls.clear();
     d.launches = 0;
     if (d.retained == 0) d.lost = 0, d.report.clear();
+    return SUCCESS;
+}
+
+/// Forgets everything that is alive, and every fault: the device is new. No call may be under way.
+CALL hoist_emulated_reset() {
+    drain_all();
+    Device &d = device();
+    d.memory.clear();
+    d.streams.clear(), d.events.clear(), d.modules.clear(), d.functions.clear(), d.graphs.clear(), d.executables.clear();
+    std::lock_guard lock(d.mutex);
+    d.pinned.clear();
+    d.pinned_bytes = 0, d.retained = 0, d.leaked = 0, d.lost = 0;
+    d.report.clear();
     return SUCCESS;
 }
 
