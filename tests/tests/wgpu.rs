@@ -11,7 +11,7 @@ use hoist_conformance::profile::Profile;
 use hoist_conformance::runner::{self, Options};
 use hoist_conformance::{PluginFacts, Target};
 use hoist_cpu::CpuProvider;
-use hoist_wgpu::{WgpuBackend, WgpuProvider};
+use hoist_wgpu::{AsIf, WgpuBackend, WgpuProvider};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// The device under test.
@@ -62,6 +62,14 @@ fn conforms(filters: &[&str]) -> Result<(), Failed> {
         return Ok(());
     }
     Err(format!("{:?}\n{}", report.counts, failures.join("\n")).into())
+}
+
+/// The first adapter, as if it had no larger bindings.
+fn limited(bytes: u64) -> AsIf {
+    AsIf {
+        binding_limit: Some(bytes),
+        ..AsIf::default()
+    }
 }
 
 /// A matrix behind a table of inputs: logits of token `t` are the matrix times row `t` of the table.
@@ -184,7 +192,7 @@ impl Product {
         backend.finish_load().unwrap();
     }
 
-    /// Logits of some tokens.
+    /// Logits of some tokens: six together, then the same one by one, every other one of them asked for its arg-max.
     fn run(&self, backend: &mut dyn WeightBackend) -> Vec<u32> {
         backend.build_index(&self.layout).unwrap();
         let capacity = Capacity {
@@ -215,15 +223,80 @@ impl Product {
                 },
             )
             .unwrap();
+        let vocab = self.program.vocab as usize;
+        for (i, token) in tokens.iter().enumerate() {
+            let wants_logits = i % 2 == 0;
+            let mut one = vec![0.0; if wants_logits { vocab } else { 0 }];
+            let mut id = vec![0; usize::from(!wants_logits)];
+            let run = Run {
+                sequence: SequenceId(0),
+                tokens: &[*token],
+                want: &[if wants_logits { Want::Logits } else { Want::ArgMax }],
+            };
+            let mut outputs = Outputs {
+                argmax: &mut id,
+                logits: &mut one,
+            };
+            decode
+                .forward(&TokenBatch { runs: &[run] }, &mut outputs)
+                .unwrap();
+            let together = &logits[i * vocab..(i + 1) * vocab];
+            if wants_logits {
+                assert!(one == together, "token {token} alone and among others");
+            } else {
+                let largest = together.iter().copied().fold(f32::MIN, f32::max);
+                let first = together.iter().position(|y| *y == largest).unwrap();
+                assert_eq!(id, [first as u32], "arg-max of token {token}");
+            }
+        }
         logits.iter().map(|y| y.to_bits()).collect()
     }
+}
+
+/// Kernels for adapters that run threads side by side, and those for processors, multiply as the CPU backend does: each
+/// way that encodings have of reading slices, rows of few segments and of more than a workgroup's pairs, segments that
+/// are not full.
+fn both_shapes_of_workgroups_multiply_alike() -> Result<(), Failed> {
+    let cases = [
+        (Encoding::Q4_K, 2304),
+        (Encoding::Q4_K, 35 * 256),
+        (Encoding::Q5_K, 512),
+        (Encoding::Q6_K, 768),
+        (Encoding::Q2_K, 512),
+        (Encoding::IQ3_S, 256),
+        (Encoding::Q4_0, 576),
+        (Encoding::Q4_1, 33 * 256 + 32),
+        (Encoding::Q8_0, 288),
+        (Encoding::NVFP4, 320),
+        (Encoding::Q1_0, 384),
+        (Encoding::APR_Q8, 352),
+    ];
+    for (encoding, cols) in cases {
+        let model = Product::new(encoding, 101, cols);
+        let mut cpu = CpuProvider.open(0, &OpenOptions::default())?;
+        model.load(&mut *cpu);
+        let expected = model.run(&mut *cpu);
+        for is_cpu in [false, true] {
+            let adapter = AsIf {
+                is_cpu: Some(is_cpu),
+                ..AsIf::default()
+            };
+            let mut backend = WgpuBackend::open_as_if(0, &OpenOptions::default(), adapter)?;
+            model.load(&mut backend);
+            assert!(
+                model.run(&mut backend) == expected,
+                "{encoding}, {cols} columns, is_cpu {is_cpu}"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// A tensor that no binding could hold whole reads back and multiplies as on the CPU.
 fn split_tensors_are_whole() -> Result<(), Failed> {
     for encoding in [Encoding::Q4_K, Encoding::Q6_K, Encoding::Q8_0, Encoding::APR_Q8] {
         let model = Product::new(encoding, 301, 512);
-        let mut backend = WgpuBackend::open_with_limit(0, &OpenOptions::default(), 48 << 10)?;
+        let mut backend = WgpuBackend::open_as_if(0, &OpenOptions::default(), limited(48 << 10))?;
         model.load(&mut backend);
         for (weight, bytes) in model.plan.weights.iter().zip(&model.bytes) {
             let mut found = vec![0; bytes.len()];
@@ -252,7 +325,7 @@ fn split_tensors_are_whole() -> Result<(), Failed> {
 /// What cannot be held is refused by name, with numbers, before anything is resident.
 fn a_row_beyond_every_binding_is_refused() -> Result<(), Failed> {
     let model = Product::new(Encoding::Q8_0, 64, 4096);
-    let mut backend = WgpuBackend::open_with_limit(0, &OpenOptions::default(), 16 << 10)?;
+    let mut backend = WgpuBackend::open_as_if(0, &OpenOptions::default(), limited(16 << 10))?;
     match backend.begin_load(&model.plan) {
         Err(Error::Unsupported {
             what: UnsupportedWhat::Limit { limit, found, .. },
@@ -261,7 +334,7 @@ fn a_row_beyond_every_binding_is_refused() -> Result<(), Failed> {
         other => panic!("{other:?}"),
     }
     assert_eq!(backend.memory()?.devices[0].resident.total(), 0);
-    let mut backend = WgpuBackend::open_with_limit(0, &OpenOptions::default(), 128 << 10)?;
+    let mut backend = WgpuBackend::open_as_if(0, &OpenOptions::default(), limited(128 << 10))?;
     model.load(&mut backend);
     Ok(())
 }
@@ -302,6 +375,10 @@ type Test = (&'static str, fn() -> Result<(), Failed>);
 
 const TESTS: &[Test] = &[
     ("split_tensors_are_whole", split_tensors_are_whole),
+    (
+        "both_shapes_of_workgroups_multiply_alike",
+        both_shapes_of_workgroups_multiply_alike,
+    ),
     (
         "a_row_beyond_every_binding_is_refused",
         a_row_beyond_every_binding_is_refused,

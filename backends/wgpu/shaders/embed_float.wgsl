@@ -2,6 +2,7 @@
 
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+    take_part(0u);
     let row = select(row_token(id.z), row_position(id.z), param(POSITIONS) != 0u);
     let first = part_param(PART_FIRST);
     let cols = param(COLS);

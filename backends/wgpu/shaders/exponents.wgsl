@@ -6,6 +6,7 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
+    take_part(0u);
     let row = (group.y * groups.x + group.x) * 64u + thread;
     if row >= part_param(PART_ROWS) {
         return;

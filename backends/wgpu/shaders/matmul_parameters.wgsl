@@ -16,7 +16,8 @@ const ADD: u32 = 10u;
 const PARTS: u32 = 11u;
 const POSITIONS: u32 = 12u;
 
-// Of each part, from word 16 on.
+// Of each part, two vectors from the fourth on.
+const FIRST_PART: u32 = 4u;
 const PART_BYTES: u32 = 0u;
 const PART_FIRST: u32 = 1u;
 const PART_ROWS: u32 = 2u;
@@ -25,27 +26,36 @@ const OUT: u32 = 4u;
 const WIDTH: u32 = 5u;
 const BIAS: u32 = 6u;
 const STEP: u32 = 7u;
-const PART_WORDS: u32 = 8u;
 
 const NONE: u32 = 0xffffffffu;
 
-// Where the parameters of the part in hand are.
-var<private> part: u32 = 16u;
+// The parameters of the part in hand, read once.
+var<private> part_low: vec4<u32>;
+var<private> part_high: vec4<u32>;
 
 fn part_param(i: u32) -> u32 {
-    return param(part + i);
+    if i < 4u {
+        return part_low[i];
+    }
+    return part_high[i - 4u];
+}
+
+fn take_part(i: u32) {
+    part_low = params.v[FIRST_PART + 2u * i];
+    part_high = params.v[FIRST_PART + 2u * i + 1u];
 }
 
 // Finds the part of a workgroup, of 2^rows_log2 rows; the first row of the part that it has.
 fn choose_part(group: u32, rows_log2: u32) -> u32 {
     var rest = group;
+    take_part(0u);
     for (var i = 1u; i < param(PARTS); i++) {
         let groups = (part_param(PART_ROWS) + (1u << rows_log2) - 1u) >> rows_log2;
         if rest < groups {
             break;
         }
         rest -= groups;
-        part += PART_WORDS;
+        take_part(i);
     }
     return rest << rows_log2;
 }

@@ -1,16 +1,17 @@
 // Quantised matrix * activations (section 1 of the contract), in integers. A workgroup has 32 pairs of a row and a
-// segment, and TOKENS vectors. First four threads of it have two slices each of every pair, so that neighbours read
-// neighbouring bytes; then a thread has a pair: one wide multiplication and shift. Pairs of a row are added last. Where
-// a row has more than 32 segments, this repeats.
+// segment, and TOKENS vectors. First its THREADS share all slices of all pairs, so that neighbours read neighbouring
+// bytes; then a thread has a pair: one wide multiplication and shift. Pairs of a row are added last. Where a row has more
+// than 32 segments, this repeats.
 
 const PAIRS: u32 = 32u;
 // Slices of a pair, and one place more so that pairs lie in different banks.
 const PAIR_PLACES: u32 = 9u;
 
+var<private> tokens_now: u32;
 var<workgroup> exponents: array<i32, WORKGROUP_SUMS>;
 var<workgroup> sums: array<vec2<u32>, WORKGROUP_SUMS>;
 
-@compute @workgroup_size(128)
+@compute @workgroup_size(THREADS)
 fn main(
     @builtin(local_invocation_index) thread: u32,
     @builtin(workgroup_id) group: vec3<u32>,
@@ -21,6 +22,7 @@ fn main(
     let lane = thread & (lanes - 1u);
     let segments = param(SEGMENTS);
     let cols = param(COLS);
+    tokens_now = batch_rows();
     let first_row = choose_part(group.y * groups.x + group.x, 5u - lanes_log2);
     let mine = target_row(first_row + (thread >> lanes_log2), group.z);
     let has_pair = thread < PAIRS;
@@ -47,8 +49,7 @@ fn main(
         if base > 0u {
             workgroupBarrier();
         }
-        for (var i = 0u; i < 2u; i++) {
-            let slice = thread + 128u * i;
+        for (var slice = thread; slice < 8u * PAIRS; slice += THREADS) {
             let pair = slice >> 3u;
             let k = slice & 7u;
             let place = PAIR_PLACES * pair + k;
@@ -71,6 +72,7 @@ fn main(
         workgroupBarrier();
         if works {
             let blocks = min(8u, (cols - 256u * s) >> 5u);
+            head = align(head, PAIR_PLACES * thread, blocks);
             for (var t = 0u; t < TOKENS; t++) {
                 let record = vector_at(t, group.z) + s * RECORD;
                 let up = e_w + largest_exponent(t, segments) - bitcast<i32>(work_word(record + AT_E));
@@ -94,7 +96,7 @@ fn main(
     }
     for (var t = 0u; t < TOKENS; t++) {
         let token = group.z * TOKENS + t;
-        if param(CHOICES) == 0u && token >= batch_rows() {
+        if param(CHOICES) == 0u && token >= tokens_now {
             return;
         }
         var y = f_finish(sums[PAIRS * t + thread], e_w + largest_exponent(t, segments));
@@ -113,7 +115,7 @@ fn vector_at(t: u32, z: u32) -> u32 {
     var vector = 0u;
     if param(CHOICES) == 0u {
         // Past the last token the last one is computed again, and not stored.
-        vector = min(z * TOKENS + t, batch_rows() - 1u);
+        vector = min(z * TOKENS + t, tokens_now - 1u);
     } else {
         vector = choice_vector(z);
     }

@@ -34,6 +34,10 @@ fn head_at(b: u32) -> Head {
     return head;
 }
 
+fn align(head: Head, place: u32, blocks: u32) -> Head {
+    return head;
+}
+
 // What a segment whose slices' sums start at `place` adds to the sum of vector `t`. `up`: E_w + E_a - e_a.
 fn segment_sum(head: Head, t: u32, place: u32, blocks: u32, record: u32, m_a: u32, up: i32) -> vec2<u32> {
     var sum = vec2<i32>(0, 0);

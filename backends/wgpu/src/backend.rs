@@ -13,10 +13,21 @@ use crate::device::{self, Gpu};
 use crate::load;
 use crate::program::{self, Compiled, Context};
 use crate::residency::{ALIGNMENT, ROW_BYTES, Residency};
+use crate::shaders::{NARROW, WIDE};
 use crate::workspace::{self, Workspace};
 
 /// Threads of a load beyond which nothing is gained.
 const MOST_THREADS: usize = 16;
+
+/// What an adapter is taken for.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AsIf {
+    /// Most bytes of a binding.
+    pub binding_limit: Option<u64>,
+    /// Whether it is a processor.
+    pub is_cpu: Option<bool>,
+}
 
 /// A backend on one adapter.
 #[derive(Debug)]
@@ -26,6 +37,8 @@ pub struct WgpuBackend {
     threads: usize,
     /// Most bytes of a buffer that kernels bind.
     limit: u64,
+    /// Threads of the workgroups of quantised products.
+    threads_together: u32,
     gpu: Arc<Gpu>,
     lifecycle: Lifecycle,
     residency: Option<Residency>,
@@ -55,15 +68,15 @@ impl WgpuBackend {
     /// [`Error::Unavailable`] without such an adapter; [`Error::Unsupported`] for importing, scalar code and transposed
     /// float matrices; [`Error::InvalidArgument`] for 0 threads.
     pub fn open(ordinal: u32, options: &OpenOptions) -> Result<Self> {
-        Self::open_with_limit(ordinal, options, u64::MAX)
+        Self::open_as_if(ordinal, options, AsIf::default())
     }
 
-    /// As [`WgpuBackend::open`], as if no binding could have more bytes than `limit`: what tests of split tensors need.
+    /// As [`WgpuBackend::open`], as if the adapter were another one: what tests of other adapters' paths need.
     ///
     /// # Errors
     /// As [`WgpuBackend::open`].
     #[doc(hidden)]
-    pub fn open_with_limit(ordinal: u32, options: &OpenOptions, limit: u64) -> Result<Self> {
+    pub fn open_as_if(ordinal: u32, options: &OpenOptions, adapter: AsIf) -> Result<Self> {
         if options.import {
             return Err(unsupported("mapping weights from files"));
         }
@@ -101,7 +114,11 @@ impl WgpuBackend {
             },
             budget: options.memory_budget,
             threads,
-            limit: gpu.binding_limit.min(limit),
+            limit: gpu.binding_limit.min(adapter.binding_limit.unwrap_or(u64::MAX)),
+            threads_together: match adapter.is_cpu.unwrap_or(gpu.is_cpu) {
+                true => NARROW,
+                false => WIDE,
+            },
             gpu,
             lifecycle: Lifecycle::default(),
             residency: None,
@@ -120,6 +137,12 @@ impl WgpuBackend {
     #[doc(hidden)]
     pub fn launches(&self) -> Option<usize> {
         self.program.as_ref().map(|p| p.body.len() + p.tail.len())
+    }
+
+    /// Destroys the device under this backend and all others that share it, as a driver's reset does.
+    #[doc(hidden)]
+    pub fn lose_device(&self) {
+        self.gpu.device.destroy();
     }
 
     /// What this backend owns now, by class.
@@ -380,6 +403,7 @@ impl DecodeBackend for WgpuBackend {
             Context {
                 gpu,
                 grids: gpu.grids()?,
+                threads: self.threads_together,
                 index,
                 residency,
                 work,

@@ -226,6 +226,8 @@ pub(crate) struct Gpu {
     pub(crate) binding_limit: u64,
     /// Workgroups of one dimension.
     pub(crate) most_groups: u32,
+    /// Whether the adapter is a processor, which runs a workgroup's threads one after the other.
+    pub(crate) is_cpu: bool,
     pub(crate) pipelines: Pipelines,
     grids: OnceLock<Buffer>,
     failures: Failures,
@@ -305,6 +307,7 @@ impl Gpu {
             / 4096
             * 4096;
         Ok(Self {
+            is_cpu: adapter.get_info().device_type == DeviceType::Cpu,
             adapter,
             device,
             queue,

@@ -21,7 +21,7 @@ mod residency;
 mod shaders;
 mod workspace;
 
-pub use backend::WgpuBackend;
+pub use backend::{AsIf, WgpuBackend};
 pub use provider::WgpuProvider;
 
 /// The backend's name; its devices are `wgpu:0` and so on.

@@ -172,6 +172,8 @@ struct Compiler<'a> {
     work: &'a Workspace,
     table_at: Vec<u64>,
     context: u32,
+    /// Of the workgroups of quantised products.
+    threads: u32,
     in_tail: bool,
     drafts: Vec<Draft>,
     windows: Vec<Option<u32>>,
@@ -483,13 +485,13 @@ impl Compiler<'_> {
                 None if encoding.is_quantized() => Groups::Spread(batch.groups, TILE),
                 None => Groups::Spread(batch.groups, 1),
             };
-            let mut draft = Draft::new(Kernel::MatMul(encoding, 1), groups, &common);
+            let mut draft = Draft::new(Kernel::MatMul(encoding, 1, self.threads), groups, &common);
             for (i, part) in batch.parts.iter().enumerate() {
                 let at = FIRST_PART + i * PART_WORDS;
                 draft.parameters[at..at + PART_WORDS].copy_from_slice(part);
             }
             if choices.is_none() && encoding.is_quantized() && self.work.places.tokens > 1 {
-                draft.several = Some(Kernel::MatMul(encoding, TILE));
+                draft.several = Some(Kernel::MatMul(encoding, TILE, self.threads));
             }
             draft.weights = Some(batch.arena);
             draft.second = batch.biases;
@@ -854,6 +856,7 @@ fn tables_of(encoding: Encoding) -> Tables {
 pub(crate) struct Context<'a> {
     pub(crate) gpu: &'a Gpu,
     pub(crate) grids: &'a Buffer,
+    pub(crate) threads: u32,
     pub(crate) index: &'a WeightIndex,
     pub(crate) residency: &'a mut Residency,
     pub(crate) work: &'a Workspace,
@@ -864,6 +867,7 @@ pub(crate) fn compile(program: &DecodeProgram, context: Context<'_>) -> Result<C
     let Context {
         gpu,
         grids,
+        threads,
         index,
         residency,
         work,
@@ -889,6 +893,7 @@ pub(crate) fn compile(program: &DecodeProgram, context: Context<'_>) -> Result<C
         work,
         table_at: table_at.collect(),
         context: program.max_context,
+        threads,
         in_tail: false,
         drafts: Vec::new(),
         windows: Vec::new(),

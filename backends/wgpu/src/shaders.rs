@@ -54,6 +54,12 @@ pub(crate) const MAX_HEAD_DIM: u64 = 1024;
 /// Pairs of a row and a segment that a workgroup of a quantised product has.
 pub(crate) const PAIRS: u64 = 32;
 
+/// Threads of a quantised product's workgroup where threads run side by side: loads of many are under way together.
+pub(crate) const WIDE: u32 = 128;
+
+/// And where a processor runs them one after the other, a thread without work costing as much as one with it.
+pub(crate) const NARROW: u32 = 32;
+
 /// Logits of which one workgroup finds the largest.
 pub(crate) const PART_LOGITS: u64 = 2048;
 
@@ -61,8 +67,8 @@ pub(crate) const PART_LOGITS: u64 = 2048;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
     Embed(Encoding),
-    /// With so many vectors at a time.
-    MatMul(Encoding, u32),
+    /// With so many vectors at a time, in workgroups of so many threads. Those of float matrices have 64 of them.
+    MatMul(Encoding, u32, u32),
     Exponents(Encoding),
     Quantise,
     /// A gate, and Quantise of its result.
@@ -131,7 +137,7 @@ impl Kernel {
     pub(crate) fn source(self) -> Option<String> {
         let mut parts = vec![COMMON.to_string(), SOFT_FLOAT.to_string()];
         let decodes = match self {
-            Kernel::Embed(encoding) | Kernel::MatMul(encoding, _) | Kernel::Exponents(encoding) => {
+            Kernel::Embed(encoding) | Kernel::MatMul(encoding, ..) | Kernel::Exponents(encoding) => {
                 Some(encoding)
             }
             _ => None,
@@ -166,14 +172,14 @@ impl Kernel {
                 parts.push(EMBED_FLOAT.into());
             }
             Kernel::Embed(encoding) => parts.extend([decoder(encoding)?, EMBED_QUANTISED.into()]),
-            Kernel::MatMul(encoding, _) if encoding.is_float() => {
+            Kernel::MatMul(encoding, ..) if encoding.is_float() => {
                 parts.extend(float(encoding)?);
                 parts.push(MATMUL_FLOAT.into());
             }
-            Kernel::MatMul(encoding, tokens) => {
+            Kernel::MatMul(encoding, tokens, threads) => {
                 parts.extend([
                     decoder(encoding)?,
-                    product(encoding, tokens)?,
+                    product(encoding, tokens, threads)?,
                     MATMUL_QUANTISED.into(),
                 ]);
             }
@@ -379,12 +385,12 @@ fn decoder(encoding: Encoding) -> Option<String> {
 }
 
 /// What a product of an encoding with so many vectors at a time needs besides.
-fn product(encoding: Encoding, tokens: u32) -> Option<String> {
+fn product(encoding: Encoding, tokens: u32, threads: u32) -> Option<String> {
     let (blocks, codes) = describe(encoding)?;
     // One place more than slices, so that pairs lie in different banks.
     let places = 9 * PAIRS;
     let constants = format!(
-        "const TOKENS: u32 = {tokens}u;\nconst WORKGROUP_SUMS: u32 = {}u;\nconst PLACES: u32 = {places}u;\n\n\
+        "const TOKENS: u32 = {tokens}u;\nconst THREADS: u32 = {threads}u;\nconst WORKGROUP_SUMS: u32 = {}u;\nconst PLACES: u32 = {places}u;\n\n\
          // What slices add to the sums of their segments.\n\
          var<workgroup> partials: array<vec2<i32>, {}>;\n",
         PAIRS * u64::from(tokens),
@@ -440,8 +446,8 @@ mod tests {
         for encoding in EncodingSet::weights().iter() {
             kernels.extend([
                 Kernel::Embed(encoding),
-                Kernel::MatMul(encoding, 1),
-                Kernel::MatMul(encoding, 4),
+                Kernel::MatMul(encoding, 1, WIDE),
+                Kernel::MatMul(encoding, 4, NARROW),
             ]);
             if encoding.is_quantized() {
                 kernels.push(Kernel::Exponents(encoding));
