@@ -33,7 +33,7 @@ fn main() {
         return;
     };
     let kernels = here.join("../kernels");
-    for watched in ["include", "src/cpp", "../kernels"] {
+    for watched in ["include", "src/cpp", "tests/kernels", "../kernels"] {
         println!("cargo::rerun-if-changed={}", here.join(watched).display());
     }
     if env::var("CARGO_CFG_TARGET_OS").as_deref() != Ok("linux") {
@@ -119,6 +119,7 @@ fn build(here: &Path, kernels: &Path, out: &Path) -> Result<(), String> {
         .filter_map(|e| Some(e.ok()?.path()))
         .filter(|p| p.extension().is_some_and(|e| e == "cu"))
         .collect();
+    files.push(here.join("tests/kernels/faulty.cu"));
     files.sort();
     for file in &files {
         let stem = file
@@ -129,6 +130,7 @@ fn build(here: &Path, kernels: &Path, out: &Path) -> Result<(), String> {
         let text = run(Command::new(compiler())
             .args(["-std=c++17", "-E", "-P", "-x", "c++", "-DHOIST_LIST_KERNELS"])
             .arg(format!("-I{}", include.display()))
+            .arg(format!("-I{}", kernels.display()))
             .arg(file))?;
         let found = kernels_in(&text);
         if found.is_empty() {
@@ -160,6 +162,7 @@ fn build(here: &Path, kernels: &Path, out: &Path) -> Result<(), String> {
             .args(machine_flags())
             .arg(format!("-I{}", include.display()))
             .arg(format!("-I{}", here.join("src/cpp").display()))
+            .arg(format!("-I{}", kernels.display()))
             .arg("-c")
             .arg("-o")
             .arg(&object)

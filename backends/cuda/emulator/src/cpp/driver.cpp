@@ -399,9 +399,19 @@ void drain(Stream &s) {
     s.changed.wait(lock, [&] { return s.completed >= until; });
 }
 
+std::shared_ptr<Stream> stream_of(void *handle) {
+    static std::mutex mutex;
+    static std::shared_ptr<Stream> default_stream;
+    if (handle) return device().streams.find(handle);
+    std::lock_guard lock(mutex);
+    if (!default_stream) default_stream = std::make_shared<Stream>();
+    return default_stream;
+}
+
 void drain_all() {
     Device &d = device();
     auto streams = d.streams.all();
+    streams.push_back(stream_of(nullptr));
     {
         std::lock_guard lock(d.mutex);
         streams.insert(streams.end(), d.draining.begin(), d.draining.end());
@@ -446,15 +456,6 @@ int outside(const char *call, uint64_t address, size_t bytes) {
     std::snprintf(text, sizeof text, "%s: %zu bytes at %#llx are not all in one allocation", call, bytes, (unsigned long long)address);
     device().lose(ILLEGAL_ADDRESS, text);
     return ILLEGAL_ADDRESS;
-}
-
-std::shared_ptr<Stream> stream_of(void *handle) {
-    static std::mutex mutex;
-    static std::shared_ptr<Stream> default_stream;
-    if (handle) return device().streams.find(handle);
-    std::lock_guard lock(mutex);
-    if (!default_stream) default_stream = std::make_shared<Stream>();
-    return default_stream;
 }
 
 /// Runs a launch where its turn has come.

@@ -219,7 +219,7 @@ struct Local {
 
 thread_local Local local;
 /// The fibre that runs, or for which a copy is carried out, and where to go on if it touches what is not there.
-thread_local Fibre *running;
+thread_local Fibre *running __attribute__((tls_model("initial-exec")));
 thread_local sigjmp_buf escape;
 
 /// A launch that one thread of the system runs, or a block of it.
@@ -818,7 +818,7 @@ unsigned meet_lanes(bool is_exchange, const void *mine, size_t bytes, const char
     unsigned generation = w.generation;
     if (w.arrived == 0) {
         w.is_exchange = is_exchange, w.what = what, w.site = site;
-    } else if (w.is_exchange != is_exchange || (is_exchange && (w.site.line != site.line || std::strcmp(w.site.file, site.file) != 0))) {
+    } else if (w.is_exchange != is_exchange || (is_exchange && (w.site.line != site.line || (w.site.file != site.file && std::strcmp(w.site.file, site.file) != 0)))) {
         give_up(std::string("is in ") + what + " at " + at(site) + " while another lane of its warp is in " + w.what + " at " + at(w.site));
     }
     if (is_exchange) {
