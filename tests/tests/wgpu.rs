@@ -322,6 +322,22 @@ fn split_tensors_are_whole() -> Result<(), Failed> {
     Ok(())
 }
 
+/// Launches of a program whose operations share them, and of the same one by one.
+fn fewer_launches_give_the_same_logits() -> Result<(), Failed> {
+    let model = Product::new(Encoding::Q4_K, 96, 512);
+    let plain = OpenOptions {
+        force_scalar: true,
+        ..OpenOptions::default()
+    };
+    let mut one_by_one = WgpuBackend::open(0, &plain)?;
+    let mut fused = WgpuBackend::open(0, &OpenOptions::default())?;
+    model.load(&mut one_by_one);
+    model.load(&mut fused);
+    assert!(model.run(&mut one_by_one) == model.run(&mut fused));
+    assert!(fused.launches() <= one_by_one.launches() && fused.launches().is_some());
+    Ok(())
+}
+
 /// What cannot be held is refused by name, with numbers, before anything is resident.
 fn a_row_beyond_every_binding_is_refused() -> Result<(), Failed> {
     let model = Product::new(Encoding::Q8_0, 64, 4096);
@@ -339,6 +355,71 @@ fn a_row_beyond_every_binding_is_refused() -> Result<(), Failed> {
     Ok(())
 }
 
+/// Set where a test runs in a process of its own.
+const ALONE: &str = "HOIST_TEST_ALONE";
+
+/// Runs the test of that name in a process of its own: what it does to the device it does to every backend that shares it.
+fn alone(name: &str) -> Result<(), Failed> {
+    let output = std::process::Command::new(std::env::current_exe()?)
+        .args(["--exact", name])
+        .env(ALONE, "1")
+        .output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = [output.stdout, output.stderr].concat();
+    Err(String::from_utf8_lossy(&text).into_owned().into())
+}
+
+/// Every call after it says so, and a device that is opened later works.
+fn a_lost_device_is_reported_by_every_call() -> Result<(), Failed> {
+    if std::env::var_os(ALONE).is_none() {
+        return alone("a_lost_device_is_reported_by_every_call");
+    }
+    let is_lost = |result: Result<()>| match result {
+        Err(Error::DeviceLost { device, reason }) => assert!(device == "wgpu:0" && !reason.is_empty()),
+        other => panic!("{other:?}"),
+    };
+    let model = Product::new(Encoding::Q8_0, 96, 256);
+    let open = || WgpuBackend::open(0, &OpenOptions::default());
+    // While decoding.
+    let mut backend = open()?;
+    model.load(&mut backend);
+    let expected = model.run(&mut backend);
+    // While loading.
+    let mut loading = open()?;
+    loading.begin_load(&model.plan)?;
+    backend.lose_device();
+    for _ in 0..2 {
+        let run = Run {
+            sequence: SequenceId(0),
+            tokens: &[1],
+            want: &[Want::ArgMax],
+        };
+        let mut outputs = Outputs {
+            argmax: &mut [0],
+            logits: &mut [],
+        };
+        is_lost(backend.forward(&TokenBatch { runs: &[run] }, &mut outputs));
+        assert_eq!(backend.sequence_length(SequenceId(0))?, 12);
+    }
+    is_lost(backend.read_back(WeightId(0), 0, &mut [0; 16]));
+    is_lost(backend.memory().map(|_| ()));
+    is_lost(backend.unload());
+    let chunk = Chunk {
+        weight: WeightId(0),
+        offset: 0,
+        bytes: &model.bytes[0],
+    };
+    is_lost(loading.upload_f32(chunk).and_then(|()| loading.abort_load()));
+    is_lost(loading.unload());
+    // The next one is another device.
+    let mut backend = open()?;
+    model.load(&mut backend);
+    assert!(model.run(&mut backend) == expected);
+    Ok(())
+}
+
 fn an_adapter_that_is_not_there_is_unavailable() -> Result<(), Failed> {
     let none = u32::try_from(WgpuProvider.devices()?.len())?;
     match WgpuProvider.open(none, &OpenOptions::default()).map(|_| ()) {
@@ -351,10 +432,6 @@ fn options_that_it_cannot_honour_are_refused() -> Result<(), Failed> {
     for options in [
         OpenOptions {
             import: true,
-            ..OpenOptions::default()
-        },
-        OpenOptions {
-            force_scalar: true,
             ..OpenOptions::default()
         },
         OpenOptions {
@@ -380,8 +457,16 @@ const TESTS: &[Test] = &[
         both_shapes_of_workgroups_multiply_alike,
     ),
     (
+        "fewer_launches_give_the_same_logits",
+        fewer_launches_give_the_same_logits,
+    ),
+    (
         "a_row_beyond_every_binding_is_refused",
         a_row_beyond_every_binding_is_refused,
+    ),
+    (
+        "a_lost_device_is_reported_by_every_call",
+        a_lost_device_is_reported_by_every_call,
     ),
     (
         "an_adapter_that_is_not_there_is_unavailable",
@@ -409,6 +494,10 @@ const TESTS: &[Test] = &[
     }),
     ("suite_ops", || conforms(&["ops"])),
     ("suite_decode", || conforms(&["decode::*[architecture=llama*"])),
+    ("suite_scalar", || conforms(&["determinism::code::scalar"])),
+    ("suite_aborts", || {
+        conforms(&["resources::abort::loads_that_are_given_up"])
+    }),
     ("suite_lifecycle", || conforms(&["lifecycle"])),
 ];
 

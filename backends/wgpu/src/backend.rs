@@ -37,6 +37,8 @@ pub struct WgpuBackend {
     threads: usize,
     /// Most bytes of a buffer that kernels bind.
     limit: u64,
+    /// Whether operations share launches.
+    fuses: bool,
     /// Threads of the workgroups of quantised products.
     threads_together: u32,
     gpu: Arc<Gpu>,
@@ -62,11 +64,11 @@ fn missing(what: &str) -> Error {
 }
 
 impl WgpuBackend {
-    /// Opens adapter `ordinal`, in the order that [`crate::WgpuProvider`] lists them.
+    /// Opens adapter `ordinal`, in the order that [`crate::WgpuProvider`] lists them. Portable scalar code, as an option
+    /// asks for, is a kernel for each operation, nothing fused, of workgroups whose threads work alone.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] without such an adapter; [`Error::Unsupported`] for importing, scalar code and transposed
-    /// float matrices; [`Error::InvalidArgument`] for 0 threads.
+    /// [`Error::Unavailable`] without such an adapter; [`Error::Unsupported`] for importing and transposed float matrices; [`Error::InvalidArgument`] for 0 threads.
     pub fn open(ordinal: u32, options: &OpenOptions) -> Result<Self> {
         Self::open_as_if(ordinal, options, AsIf::default())
     }
@@ -79,9 +81,6 @@ impl WgpuBackend {
     pub fn open_as_if(ordinal: u32, options: &OpenOptions, adapter: AsIf) -> Result<Self> {
         if options.import {
             return Err(unsupported("mapping weights from files"));
-        }
-        if options.force_scalar {
-            return Err(unsupported("portable scalar code"));
         }
         if options.float_layout == Some(FloatLayout::InOut) {
             return Err(unsupported("transposed float matrices"));
@@ -115,7 +114,8 @@ impl WgpuBackend {
             budget: options.memory_budget,
             threads,
             limit: gpu.binding_limit.min(adapter.binding_limit.unwrap_or(u64::MAX)),
-            threads_together: match adapter.is_cpu.unwrap_or(gpu.is_cpu) {
+            fuses: !options.force_scalar,
+            threads_together: match options.force_scalar || adapter.is_cpu.unwrap_or(gpu.is_cpu) {
                 true => NARROW,
                 false => WIDE,
             },
@@ -204,7 +204,9 @@ impl WgpuBackend {
         self.residency = None;
         self.ledger = None;
         self.lifecycle.enter(State::Empty);
-        // Buffers are given back when the device has been looked at; that it is lost is said by the next call.
+        // What was written and not submitted is held until it is. Buffers are given back when the device has been looked
+        // at; that it is lost is said by the next call.
+        self.gpu.queue.submit([]);
         let _ = self.gpu.device.poll(wgpu::PollType::wait_indefinitely());
     }
 }
@@ -403,6 +405,7 @@ impl DecodeBackend for WgpuBackend {
             Context {
                 gpu,
                 grids: gpu.grids()?,
+                fuses: self.fuses,
                 threads: self.threads_together,
                 index,
                 residency,

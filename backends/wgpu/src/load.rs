@@ -5,13 +5,19 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use hoist_backend::{Error, LoadPlan, LoadWatch, Phase, Progress, Result, WeightId, WeightSource};
-use wgpu::{Buffer, BufferDescriptor, BufferUsages, MapMode};
+use wgpu::{Buffer, MapMode};
 
 use crate::device::Gpu;
 use crate::residency::{Residency, Resident};
 
 /// Bytes of a piece, about.
 const PIECE: u64 = 8 << 20;
+
+/// Bytes that are read at a time, about: they stay in a processor's cache while they are checked and handed on.
+const CACHED: u64 = 256 << 10;
+
+/// Staging buffers beyond one for each thread: those that the device copies from.
+const ON_THEIR_WAY: usize = 4;
 
 /// How long a thread sleeps before it looks for a buffer again.
 const PATIENCE: Duration = Duration::from_millis(1);
@@ -25,11 +31,15 @@ struct Piece {
     at: u64,
 }
 
-fn pieces(weight: &Resident, id: WeightId) -> Vec<Piece> {
+/// Whole blocks of a weight, and whole words of a buffer: as many as make up about so many bytes.
+fn whole(weight: &Resident, bytes: u64) -> u64 {
     let block = weight.encoding.block_bytes();
-    // Whole blocks, and whole words of the buffer.
     let granule = if block.is_multiple_of(4) { block } else { 4 * block };
-    let step = (PIECE / granule).max(1) * granule;
+    (bytes / granule).max(1) * granule
+}
+
+fn pieces(weight: &Resident, id: WeightId) -> Vec<Piece> {
+    let step = whole(weight, PIECE);
     let mut pieces = Vec::new();
     for part in &weight.parts {
         let mut done = 0;
@@ -107,21 +117,28 @@ impl Shared<'_> {
     }
 
     fn run(&self, piece: &Piece, scratch: &mut Vec<u8>) -> Result<()> {
-        let len = piece.len as usize;
-        // The last piece of a weight is padded to a word.
-        scratch.resize(len.next_multiple_of(4), 0);
-        scratch[len..].fill(0);
-        self.source
-            .read_at(piece.weight, piece.offset, &mut scratch[..len])?;
-        self.residency
-            .weight(piece.weight)?
-            .inspect(piece.offset, &scratch[..len])?;
+        let weight = self.residency.weight(piece.weight)?;
         let buffer = self.belt.take(self.gpu, &self.stop)?;
-        let padded = scratch.len() as u64;
+        let padded = piece.len.next_multiple_of(4);
         let mut view = buffer
             .get_mapped_range_mut(..padded)
             .map_err(|e| Error::internal(crate::NAME, format!("mapping: {e}")))?;
-        view.copy_from_slice(scratch);
+        let step = whole(weight, CACHED);
+        for done in (0..piece.len).step_by(step as usize) {
+            let len = step.min(piece.len - done) as usize;
+            // The last bytes of a weight are padded to a word. Mapped memory may be slow to read: what is checked is not
+            // what is mapped.
+            scratch.resize(len.next_multiple_of(4), 0);
+            scratch[len..].fill(0);
+            self.source
+                .read_at(piece.weight, piece.offset + done, &mut scratch[..len])?;
+            weight.inspect(piece.offset + done, &scratch[..len])?;
+            let at = done as usize;
+            view.slice(at..at + scratch.len()).copy_from_slice(scratch);
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(Error::Cancelled);
+            }
+        }
         drop(view);
         buffer.unmap();
         let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
@@ -164,15 +181,8 @@ pub(crate) fn run(
         .collect();
     let largest = all.iter().map(|p| p.len).max().unwrap_or(0).next_multiple_of(4);
     let belt = Arc::new(Belt::default());
-    for _ in 0..(threads + 2).min(all.len()) {
-        let buffer = gpu.device.create_buffer(&BufferDescriptor {
-            label: Some("staging belt"),
-            size: largest.max(16),
-            usage: BufferUsages::MAP_WRITE | BufferUsages::COPY_SRC,
-            mapped_at_creation: true,
-        });
-        gpu.check("the staging belt", largest)?;
-        belt.give(buffer);
+    for _ in 0..(threads + ON_THEIR_WAY).min(all.len()) {
+        belt.give(gpu.mapped_buffer("the staging belt", largest)?);
     }
     let queue = Mutex::new(all.iter());
     let shared = Shared {

@@ -1,6 +1,7 @@
 //! A decode program as launches of kernels.
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use hoist_backend::{
     ActivationKind, DecodeProgram, Encoding, Error, FloatLayout, KvDtype, OpName, ResolvedProgram, Result,
@@ -856,6 +857,7 @@ fn tables_of(encoding: Encoding) -> Tables {
 pub(crate) struct Context<'a> {
     pub(crate) gpu: &'a Gpu,
     pub(crate) grids: &'a Buffer,
+    pub(crate) fuses: bool,
     pub(crate) threads: u32,
     pub(crate) index: &'a WeightIndex,
     pub(crate) residency: &'a mut Residency,
@@ -867,6 +869,7 @@ pub(crate) fn compile(program: &DecodeProgram, context: Context<'_>) -> Result<C
     let Context {
         gpu,
         grids,
+        fuses,
         threads,
         index,
         residency,
@@ -900,11 +903,15 @@ pub(crate) fn compile(program: &DecodeProgram, context: Context<'_>) -> Result<C
         tokens: work.places.tokens,
     };
     let [body, tail] = resolved.parts();
-    for fused in fuse(&resolved, body) {
+    let fuse = |part: Range<usize>| match fuses {
+        true => fuse(&resolved, part),
+        false => part.map(Fused::Alone).collect(),
+    };
+    for fused in fuse(body) {
         compiler.compile(&fused)?;
     }
     compiler.in_tail = true;
-    for fused in fuse(&resolved, tail) {
+    for fused in fuse(tail) {
         compiler.compile(&fused)?;
     }
     compiler.arg_max()?;
