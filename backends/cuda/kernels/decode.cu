@@ -2,6 +2,7 @@
 // struct, whose twin is in src/decode/params.rs.
 
 #include "attention.cuh"
+#include "quantise.cuh"
 
 namespace hoist {
 
@@ -125,48 +126,9 @@ extern "C" __global__ void __launch_bounds__(128) quantise(const __grid_constant
     if (at >= p.segments * p.vectors) return;
     u32 vector = at / p.segments, first = at % p.segments * 256 + lane * 8;
     const float *x = p.x + (size_t)vector * p.cols + first;
-    Segment &out = p.out[at];
     float v[8];
-    u32 a = 0;
-    for (int i = 0; i < 8; i++) {
-        v[i] = first < p.cols ? x[i] : 0.0f;
-        a = max(a, bits_of(v[i]) & 0x7fffffffu);
-    }
-    // Bits of magnitudes are in the order of values; NaN and infinity come last.
-    a = max(a, shuffle_xor(a, 1));
-    a = max(a, shuffle_xor(a, 2));
-    u32 all = a;
-    for (int h = 4; h < 32; h <<= 1) all = max(all, shuffle_xor(all, h));
-    if (all >= 0x7f800000u) {
-        if (lane == 0) report(p.fault, p.step);
-        all = a = 0;
-    }
-    float d0 = quotient(f32_of_bits(all), 2032.0f);
-    int m = 0, e = -133, u = 1;
-    u32 words[2] = {0, 0};
-    int sum = 0;
-    if (bits_of(d0) >= 0x00800000u) {
-        u32 bits = (bits_of(d0) + 0xffffu) & 0xffff0000u;
-        float d = f32_of_bits(bits);
-        m = bits >> 16 & 0x7f | 0x80;
-        e = (int)(bits >> 23) - 134;
-        // The smallest u with a <= (u · 127) · d, by bisection.
-        int below = 0;
-        for (int step = 8; step > 0; step >>= 1)
-            if (f32_of_bits(a) > mul((float)((below + step) * 127), d)) below += step;
-        u = below + 1;
-        float r = quotient(1.0f, mul((float)u, d));
-        for (int i = 0; i < 8; i++) {
-            int q = i32_of_f32(mul(v[i], r));
-            sum += q;
-            words[i >> 2] |= (u32)(u8)q << 8 * (i & 3);
-        }
-    }
-    *(uint2 *)(out.q + lane * 8) = make_uint2(words[0], words[1]);
-    sum += shuffle_xor(sum, 1);
-    if ((lane & 1) == 0) out.s[lane >> 1] = sum;
-    if ((lane & 3) == 0) out.u[lane >> 2] = u;
-    if (lane == 0) out.m = m, out.e = e;
+    for (int i = 0; i < 8; i++) v[i] = first < p.cols ? x[i] : 0.0f;
+    quantise_segment(v, p.out[at], p.fault, p.step);
 }
 
 // ---- float matrices ----

@@ -2,6 +2,7 @@
 
 #include "attention.cuh"
 #include "prefill.cuh"
+#include "quantise.cuh"
 
 namespace hoist {
 
@@ -66,6 +67,57 @@ extern "C" __global__ void __launch_bounds__(256) pack(const __grid_constant__ P
         }
     }
 }
+
+// ---- vectors that only a product reads, straight to integers ----
+
+struct NormedParams {
+    /// [vectors][cols]
+    const float *x, *weight;
+    Segment *out;
+    u32 *fault;
+    u32 step, cols, segments;
+    float eps;
+};
+static_assert(sizeof(NormedParams) == 48);
+
+/// RmsNorm, then Quantise: a block a vector.
+extern "C" __global__ void __launch_bounds__(256) rms_norm_quantise(const __grid_constant__ NormedParams p) {
+    SHARED(float, scratch, [256]);
+    const float *x = p.x + (size_t)blockIdx.x * p.cols;
+    float acc = 0.0f;
+    for (u32 i = threadIdx.x; i < p.cols; i += 256) acc = fma(x[i], x[i], acc);
+    float ss = fold256(acc, scratch);
+    float inv = quotient(1.0f, root(add(quotient(ss, (float)p.cols), p.eps)));
+    for (u32 s = threadIdx.x >> 5; s < p.segments; s += 8) {
+        u32 first = s * 256 + (threadIdx.x & 31) * 8;
+        float v[8];
+        for (u32 i = 0; i < 8; i++) v[i] = first < p.cols ? mul(mul(x[first + i], inv), p.weight[first + i]) : 0.0f;
+        quantise_segment(v, p.out[(size_t)blockIdx.x * p.segments + s], p.fault, p.step);
+    }
+}
+
+struct GatedParams {
+    /// [vectors][cols]
+    const float *gate, *up;
+    Segment *out;
+    u32 *fault;
+    u32 step, cols, segments, vectors;
+};
+static_assert(sizeof(GatedParams) == 48);
+
+/// Activation, Mul, then Quantise: a warp a segment.
+#define GATED(name, activation)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(128) name##_quantise(const __grid_constant__ GatedParams p) {         \
+        u32 at = blockIdx.x * 4 + (threadIdx.x >> 5);                                                                  \
+        if (at >= p.segments * p.vectors) return;                                                                      \
+        u32 first = at % p.segments * 256 + (threadIdx.x & 31) * 8;                                                    \
+        size_t from = (size_t)(at / p.segments) * p.cols + first;                                                      \
+        float v[8];                                                                                                    \
+        for (u32 i = 0; i < 8; i++) v[i] = first < p.cols ? mul(activation(p.gate[from + i]), p.up[from + i]) : 0.0f;  \
+        quantise_segment(v, p.out[at], p.fault, p.step);                                                               \
+    }
+GATED(silu, silu)
+GATED(gelu_tanh, gelu_tanh)
 
 // ---- attention of many tokens ----
 

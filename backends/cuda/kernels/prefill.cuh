@@ -1,6 +1,7 @@
 // Products of quantised matrices with many tokens on int8 tensor cores, with the bits of every other path.
 //
-// A block multiplies ROWS · 16 rows with NT · 8 tokens. Each of its warps has 16 rows and all of the tokens, and one of the
+// A block multiplies ROWS · 16 rows with NT · 8 tokens. Blocks of the same rows are neighbours, so that weights come from memory
+// once. Each of its warps has 16 rows and all of the tokens, and one of the
 // DEPTH segments that a step of the loop brings; partial sums of i64 merge at the end in any order. Raw weights and packed
 // activations come by asynchronous copies, STAGES steps at once; a warp decodes its own rows straight into the fragments of
 // the multiplication.
@@ -285,7 +286,7 @@ template <class C, int NT, int ROWS> struct Prefill {
     /// Starts the copies of a step's weights and activations.
     DEVICE void fetch(const PrefillParams &p, u8 *stage, u32 step) {
         u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-        u32 first_row = (blockIdx.x * ROWS + warp / DEPTH) * 16, segment = min(step * DEPTH + warp % DEPTH, p.segments - 1);
+        u32 first_row = (blockIdx.y * ROWS + warp / DEPTH) * 16, segment = min(step * DEPTH + warp % DEPTH, p.segments - 1);
         u8 *slots = stage + warp * 16 * C::SLOT;
         const u8 *column = p.weight + (size_t)segment * C::BYTES;
 #pragma unroll
@@ -296,13 +297,20 @@ template <class C, int NT, int ROWS> struct Prefill {
             if (C::ANY_ADDRESS) from = (const u8 *)((size_t)from & ~(size_t)15);
             copy_16(slots + row * C::SLOT + 16 * chunk, from + 16 * chunk);
         }
-        u8 *tiles = stage + WEIGHTS;
-        u32 last_tile = (p.tokens - 1) / 8;
+        // A tile's segments follow each other. A thread brings the same place of every tile.
+        constexpr u32 SPAN = DEPTH * TILE / 16;
+        u32 first_tile = blockIdx.x * NT, tiles = min((u32)NT, (p.tokens + 7) / 8 - first_tile);
+        u32 here = min((u32)DEPTH, p.segments - step * DEPTH) * (TILE / 16);
+        size_t stride = (size_t)p.segments * TILE;
+        u8 *to = stage + WEIGHTS + 16 * threadIdx.x;
+        const u8 *from = p.x + first_tile * stride + (size_t)step * DEPTH * TILE + 16 * threadIdx.x;
 #pragma unroll
-        for (u32 i = threadIdx.x; i < NT * DEPTH * (TILE / 16); i += PREFILL_THREADS) {
-            u32 place = i / (TILE / 16), chunk = i % (TILE / 16);
-            u32 tile = min(blockIdx.y * NT + place / DEPTH, last_tile), s = min(step * DEPTH + place % DEPTH, p.segments - 1);
-            copy_16(tiles + 16 * i, p.x + ((size_t)tile * p.segments + s) * TILE + 16 * chunk);
+        for (u32 i = 0; i < SPAN; i += PREFILL_THREADS) {
+            if (i + threadIdx.x < here) {
+#pragma unroll
+                // Past the last tile, that one again: it is there, and nobody looks at what comes of it.
+                for (u32 n = 0; n < NT; n++) copy_16(to + 16 * (n * SPAN + i), from + min(n, tiles - 1) * stride + 16 * i);
+            }
         }
     }
 
@@ -464,7 +472,7 @@ template <class C, int NT, int ROWS> struct Prefill {
     DEVICE void run(const PrefillParams &p) {
         DYNAMIC_SHARED(u8, shared, 16);
         u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-        u32 part = warp % DEPTH, first_row = (blockIdx.x * ROWS + warp / DEPTH) * 16;
+        u32 part = warp % DEPTH, first_row = (blockIdx.y * ROWS + warp / DEPTH) * 16;
         u32 steps = (p.segments + DEPTH - 1) / DEPTH;
         PreparedRows<C> &rows = ((PreparedRows<C> *)(shared + STAGES * STAGE))[warp];
         i64 acc[NT][4];
@@ -523,7 +531,7 @@ template <class C, int NT, int ROWS> struct Prefill {
         for (int n = 0; n < NT; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                u32 row = first_row + g + 8 * (i >> 1), token = (blockIdx.y * NT + n) * 8 + 2 * t + (i & 1);
+                u32 row = first_row + g + 8 * (i >> 1), token = (blockIdx.x * NT + n) * 8 + 2 * t + (i & 1);
                 if (row >= p.rows || token >= p.tokens) continue;
                 float result = scaled_sum(acc[n][i], ew[i >> 1] + p.vector_exponents[token]);
                 finite = finite && is_finite(result);

@@ -8,6 +8,7 @@
 //! | `steps` | each operation as launches |
 //! | `prefill` | products with many tokens, on tensor cores |
 //! | `attention` | attention of many tokens at once |
+//! | `fused` | operations of many tokens that one kernel does together |
 //! | `persistent` | a whole token of a llama-like program as one launch, where that is asked for |
 //! | `graph` | a step recorded once |
 //!
@@ -16,6 +17,7 @@
 //! arg-max.
 
 mod attention;
+mod fused;
 mod graph;
 mod kernels;
 mod params;

@@ -70,6 +70,34 @@ pub(super) struct MatMul {
 /// Of `kernels/prefill.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
+pub(super) struct Normed {
+    pub(super) x: u64,
+    pub(super) weight: u64,
+    pub(super) out: u64,
+    pub(super) fault: u64,
+    pub(super) step: u32,
+    pub(super) cols: u32,
+    pub(super) segments: u32,
+    pub(super) eps: f32,
+}
+
+/// Of `kernels/prefill.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gated {
+    pub(super) gate: u64,
+    pub(super) up: u64,
+    pub(super) out: u64,
+    pub(super) fault: u64,
+    pub(super) step: u32,
+    pub(super) cols: u32,
+    pub(super) segments: u32,
+    pub(super) vectors: u32,
+}
+
+/// Of `kernels/prefill.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Pack {
     pub(super) x: u64,
     pub(super) tiles: u64,
@@ -230,6 +258,8 @@ mod tests {
         assert_eq!(size_of::<Norm>(), 40);
         assert_eq!(size_of::<Quantise>(), 40);
         assert_eq!(size_of::<MatMul>(), 96);
+        assert_eq!(size_of::<Normed>(), 48);
+        assert_eq!(size_of::<Gated>(), 48);
         assert_eq!(size_of::<Pack>(), 32);
         assert_eq!(size_of::<Tiled>(), 80);
         assert_eq!(size_of::<FloatMatMul>(), 72);

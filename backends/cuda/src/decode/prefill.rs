@@ -21,6 +21,8 @@ const PACKED_SEGMENTS: u32 = 4;
 const WARPS: u32 = 8;
 /// Rows of a warp.
 const WARP_ROWS: u32 = 16;
+/// The largest second dimension of a grid.
+const GRID_LIMIT: u32 = 65_535;
 /// Most shared memory that a block takes.
 const SHARED: u32 = 220 << 10;
 
@@ -170,18 +172,21 @@ pub(super) struct Product {
 }
 
 impl Product {
-    /// `None` where the encoding has no such kernels, the rows are not whole segments, or the device has not the shared
-    /// memory.
+    /// `None` where the encoding has no such kernels, the rows are not whole segments or too many, or the device has not the
+    /// shared memory.
     pub(super) fn new(
         modules: &Modules,
         device: &Device,
         encoding: Encoding,
+        rows: u32,
         cols: u32,
     ) -> Result<Option<Self>> {
         let Some(coding) = coding(encoding) else {
             return Ok(None);
         };
-        if !cols.is_multiple_of(256) || device.shared_memory_optin < SHARED {
+        // Rows are the grid's second dimension.
+        let too_many = rows.div_ceil(WARP_ROWS) > GRID_LIMIT;
+        if !cols.is_multiple_of(256) || too_many || device.shared_memory_optin < SHARED {
             return Ok(None);
         }
         let kernel = |at: usize| -> Result<(Function, u32)> {
@@ -231,10 +236,11 @@ impl Product {
     }
 
     fn launch_as(&self, at: usize, params: &Tiled) -> (&Function, Launch) {
-        let (x, y) = SHAPES[at].blocks(params.rows, params.tokens);
+        let (rows, tokens) = SHAPES[at].blocks(params.rows, params.tokens);
         let (function, shared) = &self.kernels[at];
         let launch = Launch {
-            grid: (x, y, 1),
+            // Those of the same rows are neighbours, so that weights come from memory once.
+            grid: (tokens, rows, 1),
             shared: *shared,
             ..Launch::linear(1, WARPS * 32)
         };
@@ -493,7 +499,7 @@ mod tests {
         let scratch = packed_bytes(segments as u64, tokens as u32).unwrap();
         let scratch = DeviceBuffer::new(context, "packed vectors", scratch).unwrap();
         let packed = Packed::at(scratch.ptr(), segments as u32, tokens as u32);
-        let product = Product::new(modules, &context.device, encoding, cols as u32)
+        let product = Product::new(modules, &context.device, encoding, rows as u32, cols as u32)
             .unwrap()
             .unwrap();
         let (function, launch, params) =
@@ -548,7 +554,7 @@ mod tests {
         let stream = Stream::new(&context).unwrap();
         for encoding in EACH {
             // Rows, columns and tokens that fill tiles and that do not; more segments than a block has at once, and fewer.
-            for (rows, cols, tokens) in [(1, 256, 8), (17, 512, 9), (130, 768, 64), (33, 2048, 130)] {
+            for (rows, cols, tokens) in [(1, 256, 8), (17, 512, 9), (130, 768, 64), (33, 1280, 130)] {
                 for extreme in [false, true] {
                     let case = Case {
                         encoding,

@@ -8,9 +8,10 @@ use hoist_backend::{
 };
 
 use super::attention::{self, AttentionRows};
+use super::fused::{self, Fused};
 use super::params::{
-    ArgMax, Attention, CacheLayer, Elements, Embed, FloatMatMul, Gather, MatMul, Norm, Quantise, Rope,
-    Router, Store, Tiled, WeightedSum,
+    ArgMax, Attention, CacheLayer, Elements, Embed, FloatMatMul, Gated, Gather, MatMul, Norm, Normed,
+    Quantise, Rope, Router, Store, Tiled, WeightedSum,
 };
 use super::prefill::{self, Held, Packed, Product};
 use super::workspace::{ARG_MAX_PARTS, Place, SPLIT, Workspace};
@@ -90,6 +91,8 @@ struct Launchable {
 pub(super) struct Prepared {
     pub(super) resolved: ResolvedProgram,
     steps: Vec<Launchable>,
+    /// For each step, what begins there for many tokens.
+    fused: Vec<Option<Fused>>,
     /// Addresses of tables.
     pub(super) tables: Vec<u64>,
     keep: Function,
@@ -282,8 +285,10 @@ impl Prepared {
             })
             .collect();
         let logits_step = resolved.steps.iter().rposition(|s| s.op == OpName::Logits);
+        let fused = fused::find(modules, &resolved, work, |weight| Ok(at(weight)?.shape.cols))?;
         Ok(Self {
             steps,
+            fused,
             tables,
             keep: decode("keep_tokens")?,
             arg_max: [decode("arg_max_parts")?, decode("arg_max_all")?],
@@ -306,7 +311,10 @@ impl Prepared {
         if weight.class != WeightClass::Quantized || most < prefill::FEWEST_TOKENS || !fits {
             return Ok(None);
         }
-        Product::new(modules, device, weight.encoding, work.values[input].width)
+        let Ok(rows) = u32::try_from(weight.shape.rows) else {
+            return Ok(None);
+        };
+        Product::new(modules, device, weight.encoding, rows, work.values[input].width)
     }
 
     fn check_attention(work: &Workspace, heads: usize, layer: usize) -> Result<()> {
@@ -359,10 +367,54 @@ impl Prepared {
             },
             held: Held::default(),
         };
-        for at in steps {
-            self.step(&machine, at, &self.resolved.steps[at], &self.steps[at])?;
+        let mut at = steps.start;
+        while at < steps.end {
+            let fused = self.fused[at].as_ref();
+            if let Some(fused) = fused.filter(|f| tokens >= prefill::FEWEST_TOKENS && f.last < steps.end) {
+                self.fused(&machine, at, fused)?;
+                at = fused.last + 1;
+            } else {
+                self.step(&machine, at, &self.resolved.steps[at], &self.steps[at])?;
+                at += 1;
+            }
         }
         Ok(())
+    }
+
+    /// Several operations in one kernel.
+    fn fused(&self, on: &Machine<'_>, at: usize, fused: &Fused) -> Result<()> {
+        let (fault, step, out) = (on.work.fault, fused.last as u32, on.value(fused.out).ptr);
+        let (cols, segments) = (fused.cols, fused.cols.div_ceil(256));
+        on.held.written(fused.out);
+        match fused.kind {
+            fused::Kind::Normed { input, eps, .. } => {
+                let params = Normed {
+                    x: on.value(input).ptr,
+                    weight: self.steps[at].vector,
+                    out,
+                    fault,
+                    step,
+                    cols,
+                    segments,
+                    eps,
+                };
+                on.run(&fused.function, Launch::linear(on.tokens, 256), &params)
+            }
+            fused::Kind::Gated { gate, up } => {
+                let params = Gated {
+                    gate: on.value(gate).ptr,
+                    up: on.value(up).ptr,
+                    out,
+                    fault,
+                    step,
+                    cols,
+                    segments,
+                    vectors: on.tokens,
+                };
+                let blocks = (u64::from(segments) * u64::from(on.tokens)).div_ceil(4);
+                on.run(&fused.function, Launch::linear(blocks as u32, 128), &params)
+            }
+        }
     }
 
     fn step(&self, on: &Machine<'_>, at: usize, step: &Step, l: &Launchable) -> Result<()> {

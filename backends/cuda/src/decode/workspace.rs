@@ -347,7 +347,7 @@ mod tests {
         // Values: 3 × 192, 3 × 4 × 304, 3 × 396; rows 48; kept 12; results 16; parts 3 × 512; tables; one split of
         // 4 heads × 8 bytes and of 48 × 4 bytes, for 3 tokens.
         let mut parts = vec![576, 3648, 1188, 48, 12, 16, 1536, 400, 96, 576u64];
-        parts.push(11 * (216 + 32) + 256 + 16);
+        parts.push(persistent::control_bytes(&dims()).unwrap());
         let sum: u64 = parts.iter().map(|n| n.next_multiple_of(256)).sum();
         assert_eq!(bytes.workspace, sum);
     }
