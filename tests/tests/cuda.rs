@@ -39,10 +39,10 @@ const TESTS: &[(&str, fn() -> Outcome)] = &[
     ),
     ("long_sequences_decode_to_the_references_bits", long_sequences),
     ("a_driver_that_will_not_do_is_unavailable", unavailable),
-    (
-        "a_call_that_fails_is_a_typed_error_and_leaves_nothing",
-        failing_calls,
-    ),
+    // Some hundred sessions: too long for a sample.
+    ("a_call_that_fails_is_a_typed_error_and_leaves_nothing", || {
+        if exhaustive() { failing_calls() } else { Ok(()) }
+    }),
     ("a_device_lost_at_any_launch_is_a_typed_error", lost),
     ("memory_that_does_not_suffice_is_a_typed_error", short_memory),
     ("refused_tokens_leave_a_session_as_it_was", refused_tokens),
@@ -60,9 +60,35 @@ const TESTS: &[(&str, fn() -> Outcome)] = &[
             "encodings::*[encoding=iq2_s*",
         ])
     }),
-    ("suite_ops", || conforms(&["ops"])),
+    ("suite_ops", || {
+        conforms(if exhaustive() { &["ops"] } else { OPS })
+    }),
     ("suite_decode", || conforms(&["decode::*[architecture=llama*"])),
     ("suite_lifecycle", || conforms(&["lifecycle"])),
+    (
+        "suite_whole",
+        || if exhaustive() { conforms(&[]) } else { Ok(()) },
+    ),
+];
+
+/// Of each operation, the cases that say most.
+const OPS: &[&str] = &[
+    "ops::activation",
+    "ops::add",
+    "ops::attention",
+    "ops::layer_norm",
+    "ops::logits",
+    "ops::mul",
+    "ops::non_finite",
+    "ops::quantise",
+    "ops::rms_norm",
+    "ops::rope",
+    "ops::router",
+    "ops::scale",
+    "ops::soft_cap",
+    "ops::store_kv",
+    "ops::*[encoding=q4_k]",
+    "ops::*[encoding=bf16]",
 ];
 
 fn main() {
@@ -121,6 +147,19 @@ fn alive(report: &Report) -> BTreeMap<&str, u64> {
     .map(|key| (key, report.count(key)))
     .filter(|(_, n)| *n > 0)
     .collect()
+}
+
+/// What is alive once threads that were on their way out have ended.
+fn settled() -> Report {
+    let mut report = emulator().report();
+    for _ in 0..100 {
+        if alive(&report).is_empty() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        report = emulator().report();
+    }
+    report
 }
 
 fn nothing_is_left(after: &str) {
@@ -399,6 +438,9 @@ fn encodings() -> Outcome {
 }
 
 /// The experimental step in one launch: small rings, and orders drawn from many seeds.
+///
+/// A phase must have more pieces than the ring has slots for a slot to be used twice in it: hence the wide inner dimension and
+/// the few multiprocessors. A ring that is not a multiple of the consumer warps fails here under every seed.
 fn one_launch() -> Outcome {
     let folder = tempfile::tempdir()?;
     let how = How { chunk: 1, ..DEFAULT };
@@ -415,13 +457,24 @@ fn one_launch() -> Outcome {
             } else {
                 seeds.min(10)
             };
-            let path = synthetic(shape, mix, folder.path());
-            let tokens = &TOKENS[..4];
+            let wide = hoist_synth::ModelShape {
+                n_ff: 2048,
+                ..*hoist_synth::shape(shape).expect("a shape")
+            };
+            let path = folder.path().join("wide.gguf");
+            let options = hoist_synth::Options {
+                shape: &wide,
+                mix: hoist_synth::Mix::from_name(mix).expect("a mix"),
+                container: hoist_synth::Container::Gguf,
+                seed: 3,
+            };
+            hoist_synth::write(options, &path, &|_, _| {})?;
+            let tokens = &TOKENS[..3];
             let expected = logits(cpu(), &path, tokens, how)?;
             for seed in 0..seeds {
-                for slots in [16, 32, 37, 43] {
-                    emulator().configure(&format!("seed={seed}"));
-                    let mut backend = CudaBackend::open(0, &options())?;
+                for slots in [16, 37] {
+                    emulator().configure(&format!("seed={seed};multiprocessors={}", 1 + (seed + 1) % 3));
+                    let mut backend = CudaBackend::open(0, &self::options())?;
                     backend.decode_in_one_launch(Some(slots));
                     let what = format!("{shape} {mix} seed {seed} slots {slots}");
                     let found = logits(Box::new(backend), &path, tokens, how)
@@ -579,6 +632,9 @@ fn typed(error: orchestrator::Error) -> Error {
     }
 }
 
+/// Parts of the names of calls that give something back.
+const RELEASES: &[&str] = &["Destroy", "Free", "Unload", "Unregister", "SetCurrent"];
+
 /// Every call that a session makes fails once: as one that found no memory, and as one that lost the device.
 fn failing_calls() -> Outcome {
     let folder = tempfile::tempdir()?;
@@ -587,7 +643,7 @@ fn failing_calls() -> Outcome {
     let expected = whole_session(&path, true)?;
     let calls = emulator().report();
     nothing_is_left("a session");
-    let mut asked = 0;
+    let (mut asked, mut left) = (0, Vec::new());
     for (call, times) in calls
         .counts
         .iter()
@@ -616,18 +672,20 @@ fn failing_calls() -> Outcome {
                     Err(Error::Unavailable { .. }) => assert!(call.starts_with("cuDevice"), "{what}"),
                     Err(other) => panic!("{what}: {other}"),
                 }
-                // What a failed release leaves is the driver's.
-                let releases = ["Destroy", "Free", "Unload", "Unregister", "Release"];
-                if call != "cuDevicePrimaryCtxRelease_v2"
-                    && (code == 719 || !releases.iter().any(|r| call.contains(r)))
-                {
-                    nothing_is_left(&what);
-                } else {
+                // What a failed release leaves is the driver's, and so is all where no context can be made current.
+                let excused = code == 2 && RELEASES.iter().any(|r| call.contains(r))
+                    || call == "cuDevicePrimaryCtxRelease_v2";
+                let report = settled();
+                if !alive(&report).is_empty() {
+                    if !excused {
+                        left.push(format!("{what}: {:?}", alive(&report)));
+                    }
                     emulator().reset();
                 }
             }
         }
     }
+    assert!(left.is_empty(), "left after {}", left.join("; "));
     assert!(asked > 100, "{asked} failures");
     println!("{asked} failures");
     Ok(())

@@ -103,8 +103,13 @@ impl Modules {
         let mut raw = std::ptr::null_mut();
         // SAFETY: the out pointer is valid, the module is loaded and the name ends with a zero.
         let code = unsafe { sys::cuModuleGetFunction(&mut raw, module, name.as_ptr()) };
-        check("cuModuleGetFunction", code)
-            .map_err(|e| Error::internal(crate::NAME, format!("kernel `{kernel}` of `{file}`: {e}")))?;
+        check("cuModuleGetFunction", code).map_err(|e| match e.on(self.context.id()) {
+            Error::Internal { backend, what } => Error::Internal {
+                backend,
+                what: format!("kernel `{kernel}` of `{file}`: {what}"),
+            },
+            other => other,
+        })?;
         Ok(Function {
             raw,
             kernel,

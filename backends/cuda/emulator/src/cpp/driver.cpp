@@ -193,6 +193,7 @@ struct Stream {
     Random random{0};
     // Set while it records.
     bool capturing = false, spoiled = false;
+    std::thread::id recorder;
     std::vector<Work> captured;
 };
 
@@ -318,7 +319,6 @@ Device &device() {
 char context_handle;
 
 thread_local void *current_context;
-thread_local int captures;
 
 enum Needs { Nothing, Driver, Context };
 
@@ -421,12 +421,12 @@ void drain_all() {
 
 /// A call that may not be made while this thread records: it spoils the recording.
 int refuse_while_recording() {
-    if (captures == 0) return SUCCESS;
+    bool any = false;
     for (auto &s : device().streams.all()) {
         std::lock_guard lock(s->mutex);
-        if (s->capturing) s->spoiled = true;
+        if (s->capturing && s->recorder == std::this_thread::get_id()) s->spoiled = any = true;
     }
-    return STREAM_CAPTURE_UNSUPPORTED;
+    return any ? STREAM_CAPTURE_UNSUPPORTED : SUCCESS;
 }
 
 #define NOT_WHILE_RECORDING()                                                                                          \
@@ -915,7 +915,7 @@ CALL cuStreamSynchronize(void *handle) {
     ENTER(Context);
     auto s = stream_of(handle);
     if (!s) return INVALID_HANDLE;
-    if (records(s)) return refuse_while_recording();
+    if (records(s)) return refuse_while_recording(), STREAM_CAPTURE_UNSUPPORTED;
     drain(*s);
     return device().lost;
 }
@@ -947,7 +947,7 @@ CALL cuEventRecord(void *handle, void *stream) {
     auto e = device().events.find(handle);
     auto s = stream_of(stream);
     if (!e || !s) return INVALID_HANDLE;
-    if (records(s)) return refuse_while_recording();
+    if (records(s)) return refuse_while_recording(), STREAM_CAPTURE_UNSUPPORTED;
     uint64_t number;
     {
         std::lock_guard lock(e->mutex);
@@ -1128,21 +1128,21 @@ CALL cuStreamBeginCapture_v2(void *handle, int) {
     if (!s || !handle) return INVALID_HANDLE;
     std::lock_guard lock(s->mutex);
     if (s->capturing) return INVALID_VALUE;
-    s->capturing = true, s->spoiled = false;
+    s->capturing = true, s->spoiled = false, s->recorder = std::this_thread::get_id();
     s->captured.clear();
-    captures++;
     return SUCCESS;
 }
 
 CALL cuStreamEndCapture(void *handle, void **graph) {
-    ENTER(Context);
-    auto s = stream_of(handle);
-    if (!s) return INVALID_HANDLE;
-    std::lock_guard lock(s->mutex);
+    int code = enter(__func__, Context);
     *graph = nullptr;
-    if (!s->capturing || captures == 0) return STREAM_CAPTURE_UNMATCHED;
+    auto s = stream_of(handle);
+    if (!s) return code ? code : INVALID_HANDLE;
+    std::lock_guard lock(s->mutex);
+    if (!s->capturing || s->recorder != std::this_thread::get_id()) return code ? code : STREAM_CAPTURE_UNMATCHED;
+    // It ends even where it fails.
     s->capturing = false;
-    captures--;
+    if (code) return code;
     if (s->spoiled) return STREAM_CAPTURE_INVALIDATED;
     auto g = std::make_shared<Graph>();
     g->work = std::move(s->captured);
