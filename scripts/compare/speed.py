@@ -31,7 +31,7 @@ class Hoist:
     def sample(self, prompt: int, decode: int) -> tuple[float, float]:
         done = subprocess.run([*self.command, "-p", str(prompt), "-n", str(decode)], check=True, capture_output=True)
         answer = json.loads(done.stdout)
-        self.bandwidth.append(answer["host_bandwidth_gb_s"])
+        self.bandwidth.append(answer["bandwidth_gb_s"])
         return answer["prompt"]["tok_s"]["median"], answer["decode"]["tok_s"]["median"]
 
 

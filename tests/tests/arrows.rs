@@ -34,7 +34,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("hoist-cpu", &["hoist-backend", "hoist-quant"]),
     ("hoist-wgpu", &["hoist-backend", "hoist-quant"]),
     // The emulated device is of its tests only.
-    ("hoist-cuda", &["hoist-backend", "hoist-quant", "hoist-cuda-emulator"]),
+    (
+        "hoist-cuda",
+        &["hoist-backend", "hoist-quant", "hoist-cuda-emulator"],
+    ),
     ("hoist-cuda-emulator", &[]),
     ("hoist-synth", &["hoist-backend", "hoist-formats"]),
     ("hoist-plugin-abi", &[]),

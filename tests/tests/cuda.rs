@@ -40,7 +40,10 @@ const TESTS: &[(&str, fn() -> Outcome)] = &[
     ("long_sequences_decode_to_the_references_bits", long_sequences),
     ("a_driver_that_will_not_do_is_unavailable", unavailable),
     // Some hundred sessions: too long for a sample.
-    ("a_call_that_fails_is_a_typed_error_and_leaves_nothing", failing_calls),
+    (
+        "a_call_that_fails_is_a_typed_error_and_leaves_nothing",
+        failing_calls,
+    ),
     ("a_device_lost_at_any_launch_is_a_typed_error", lost),
     ("memory_that_does_not_suffice_is_a_typed_error", short_memory),
     ("refused_tokens_leave_a_session_as_it_was", refused_tokens),

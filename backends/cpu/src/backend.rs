@@ -1,9 +1,9 @@
 use hoist_backend::{
     BackendInfo, Chunk, DecodeBackend, DecodeProgram, DeviceMemory, EncodingSet, Error, FloatLayout,
     IndexLayout, IndexReceipt, Lifecycle, Limits, LoadPlan, LoadReceipt, LoadWatch, MemoryByClass,
-    MemoryInfo, NumericsClass, OpSet, OpenOptions, Outputs, Result, Role, SequenceId, Sizing, Slot, State,
-    TokenBatch, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource, WorkspaceBytes,
-    WorkspaceDims,
+    MemoryInfo, NumericsClass, OpSet, OpenOptions, Outputs, PhaseTime, Result, Role, SequenceId, Sizing,
+    Slot, State, TokenBatch, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource,
+    WorkspaceBytes, WorkspaceDims,
 };
 
 use crate::decode::{self, Instructions};
@@ -369,6 +369,26 @@ impl WeightBackend for CpuBackend {
     }
 }
 
+impl CpuBackend {
+    fn run(
+        &mut self,
+        batch: &TokenBatch<'_>,
+        out: &mut Outputs<'_>,
+        phases: Option<&mut Vec<PhaseTime>>,
+    ) -> Result<()> {
+        self.lifecycle.expect("forward", State::Prepared)?;
+        let (Some(residency), Some(program), Some(workspace)) =
+            (&self.residency, &self.program, &mut self.workspace)
+        else {
+            return Err(Error::internal(
+                crate::NAME,
+                "a prepared backend without a program",
+            ));
+        };
+        decode::forward(self.on, residency, program, workspace, batch, out, phases)
+    }
+}
+
 impl DecodeBackend for CpuBackend {
     fn prepare(&mut self, program: &DecodeProgram) -> Result<()> {
         self.lifecycle.expect_ready("prepare")?;
@@ -391,16 +411,16 @@ impl DecodeBackend for CpuBackend {
     }
 
     fn forward(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>) -> Result<()> {
-        self.lifecycle.expect("forward", State::Prepared)?;
-        let (Some(residency), Some(program), Some(workspace)) =
-            (&self.residency, &self.program, &mut self.workspace)
-        else {
-            return Err(Error::internal(
-                crate::NAME,
-                "a prepared backend without a program",
-            ));
-        };
-        decode::forward(self.on, residency, program, workspace, batch, out)
+        self.run(batch, out, None)
+    }
+
+    fn profile(
+        &mut self,
+        batch: &TokenBatch<'_>,
+        out: &mut Outputs<'_>,
+        phases: &mut Vec<PhaseTime>,
+    ) -> Result<()> {
+        self.run(batch, out, Some(phases))
     }
 
     fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {

@@ -4,9 +4,11 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
+use std::time::Instant;
+
 use hoist_backend::{
-    Encoding, Error, FloatLayout, KvDtype, OpName, Outputs, Result, Step, StepKind, TokenBatch, Want,
-    WeightClass, admit,
+    Encoding, Error, FloatLayout, KvDtype, OpName, Outputs, PhaseTime, Result, Shape, Step, StepKind,
+    TokenBatch, Want, WeightClass, WeightId, admit,
 };
 
 use crate::cache::Stored;
@@ -854,7 +856,17 @@ fn arg_max(x: &[f32]) -> u32 {
     x.iter().position(|x| *x == max).unwrap_or(0) as u32
 }
 
+/// Bytes and shape of a weight; nothing of one that is not there, which resolving has refused.
+fn weight_facts(residency: &Residency, weight: usize) -> (u64, Shape) {
+    let weight = u32::try_from(weight)
+        .ok()
+        .and_then(|id| residency.weight(WeightId(id)).ok());
+    weight.map_or((0, Shape::matrix(0, 0)), |w| (w.nbytes() as u64, w.shape))
+}
+
 /// Runs a batch. Lengths change only when all has succeeded; what lies in the cache beyond them is scratch.
+///
+/// With `phases`, each operation is timed.
 pub(crate) fn forward(
     on: Instructions,
     residency: &Residency,
@@ -862,6 +874,7 @@ pub(crate) fn forward(
     work: &mut Workspace,
     batch: &TokenBatch<'_>,
     out: &mut Outputs<'_>,
+    mut phases: Option<&mut Vec<PhaseTime>>,
 ) -> Result<()> {
     // A program's vocabulary is a u32.
     admit(
@@ -879,10 +892,27 @@ pub(crate) fn forward(
         work,
     };
     let (body, tail) = program.steps.split_at(program.tail);
-    body.iter().try_for_each(|step| machine.step(step))?;
+    let mut run = |machine: &mut Machine<'_>, step: &Step| {
+        let Some(phases) = &mut phases else {
+            return machine.step(step);
+        };
+        let started = Instant::now();
+        machine.step(step)?;
+        phases.push(PhaseTime {
+            name: step.op.to_string(),
+            layer: step.layer,
+            time: started.elapsed(),
+            weight_bytes: step.kind.weight_bytes(
+                |weight| weight_facts(residency, weight),
+                |experts| machine.token_width(experts) as u64,
+            ),
+        });
+        Ok(())
+    };
+    body.iter().try_for_each(|step| run(&mut machine, step))?;
     machine.compact();
     if !machine.work.rows.is_empty() {
-        tail.iter().try_for_each(|step| machine.step(step))?;
+        tail.iter().try_for_each(|step| run(&mut machine, step))?;
         let vocab = program.vocab;
         let live = machine.live(program.logits);
         let logits = &float(&machine.work.values, program.logits)?[..live];

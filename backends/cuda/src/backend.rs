@@ -5,9 +5,9 @@ use bytemuck::{Pod, Zeroable};
 use hoist_backend::{
     BackendInfo, Chunk, DecodeBackend, DecodeProgram, DeviceMemory, EncodingSet, Error, FloatLayout,
     IndexLayout, IndexReceipt, Lifecycle, Limits, LoadPlan, LoadReceipt, LoadWatch, MemoryByClass,
-    MemoryInfo, NumericsClass, OpSet, OpenOptions, Outputs, Result, Role, SequenceId, State, TokenBatch,
-    UnsupportedWhat, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource, WorkspaceBytes,
-    WorkspaceDims,
+    MemoryInfo, NumericsClass, OpSet, OpenOptions, Outputs, PhaseTime, Result, Role, SequenceId, Shape,
+    State, TokenBatch, UnsupportedWhat, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource,
+    WorkspaceBytes, WorkspaceDims,
 };
 
 use crate::decode::{self, DeviceWeight, Engine, OneLaunch};
@@ -15,6 +15,7 @@ use crate::digest::Hasher;
 use crate::driver::{self, Context, DeviceBuffer, Stream};
 use crate::layout::{Finisher, Mover, transposing_pieces};
 use crate::load::{self, Equipment, Preparation};
+use crate::measure;
 use crate::modules::Modules;
 use crate::residency::{EXPONENT_BYTES, INDEX_ENTRY_BYTES, Residency, SIZING};
 
@@ -571,6 +572,29 @@ impl DecodeBackend for CudaBackend {
     fn forward(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>) -> Result<()> {
         self.lifecycle.expect("forward", State::Prepared)?;
         self.engine.as_mut().ok_or_else(no_workspace)?.forward(batch, out)
+    }
+
+    fn profile(
+        &mut self,
+        batch: &TokenBatch<'_>,
+        out: &mut Outputs<'_>,
+        phases: &mut Vec<PhaseTime>,
+    ) -> Result<()> {
+        self.lifecycle.expect("profile", State::Prepared)?;
+        let (Some(residency), Some(engine)) = (&self.residency, &mut self.engine) else {
+            return Err(no_workspace());
+        };
+        let facts = |weight: usize| {
+            let weight = u32::try_from(weight)
+                .ok()
+                .and_then(|id| residency.weight(WeightId(id)).ok());
+            weight.map_or((0, Shape::matrix(0, 0)), |w| (w.nbytes, w.shape))
+        };
+        engine.profile(batch, out, facts, phases)
+    }
+
+    fn read_rate(&mut self) -> Result<Option<f64>> {
+        measure::read_rate(&self.context, &self.modules).map(|rate| Some(rate.gb_s() * 1e9))
     }
 
     fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Rates that no load exceeds, measured: the link's, and the source's.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -8,6 +9,7 @@ use hoist_backend::{Error, Result};
 
 use crate::driver::{Context, DeviceBuffer, Event, PinnedBuffer, Stream};
 use crate::load::{cached_bytes, open_direct};
+use crate::modules::{Launch, Modules, arguments};
 
 /// Bytes of one copy: from 64 MiB on larger ones are no faster.
 const COPY_BYTES: usize = 64 << 20;
@@ -55,6 +57,51 @@ pub fn link(ordinal: u32) -> Result<Rate> {
     Ok(Rate {
         bytes: (COPY_BYTES * COPIES) as u64,
         time: Duration::from_secs_f32(end.elapsed_ms(&start)? / 1e3),
+    })
+}
+
+/// Bytes that are read to measure a device's own memory: far beyond its second-level cache.
+const DEVICE_BYTES: u64 = 4 << 30;
+/// The least that says anything.
+const LEAST_DEVICE_BYTES: u64 = 16 << 20;
+/// Times they are read; the quickest counts.
+const DEVICE_READS: usize = 8;
+
+/// Reads a device's memory with all its multiprocessors, 16 bytes a thread at a time.
+///
+/// # Errors
+/// [`Error::OutOfMemory`] if not even 16 MiB are free.
+pub(crate) fn read_rate(context: &Arc<Context>, modules: &Modules) -> Result<Rate> {
+    context.bind()?;
+    let mut bytes = DEVICE_BYTES;
+    let memory = loop {
+        match DeviceBuffer::new(context, "a measurement", bytes) {
+            Ok(memory) => break memory,
+            Err(Error::OutOfMemory { .. }) if bytes > LEAST_DEVICE_BYTES => bytes /= 2,
+            Err(error) => return Err(error),
+        }
+    };
+    let stream = Stream::new(context)?;
+    // SAFETY: the buffer outlives the last synchronisation below.
+    unsafe { stream.fill(memory.ptr(), 0, bytes as usize) }?;
+    let kernel = modules.function("residency", "read_all")?;
+    let units = bytes / 16;
+    let launch = Launch::linear(context.device.multiprocessors * 8, 512);
+    let (start, end) = (Event::timed(context)?, Event::timed(context)?);
+    let mut best = f32::INFINITY;
+    for _ in 0..DEVICE_READS {
+        start.record(&stream)?;
+        let from = memory.ptr();
+        let mut arguments = arguments![from, units];
+        // SAFETY: the kernel takes an address and a number of 16-byte units there; it writes only if a word is not 0.
+        unsafe { kernel.launch(&stream, launch, &mut arguments) }?;
+        end.record(&stream)?;
+        stream.synchronize()?;
+        best = best.min(end.elapsed_ms(&start)?);
+    }
+    Ok(Rate {
+        bytes,
+        time: Duration::from_secs_f32(best.max(1e-6) / 1e3),
     })
 }
 

@@ -13,6 +13,7 @@ use crate::args::{CapacityArgs, DeviceArgs, ModelArg};
 use crate::decoding::{self, Rate};
 use crate::exit::{Code, Usage};
 use crate::models;
+use crate::report::profile::Profile;
 use crate::report::table::{self, Align};
 use crate::report::{self, print_json, print_text, units};
 use crate::watch::{catch_interrupts, interrupted};
@@ -41,6 +42,10 @@ pub(crate) struct BenchDecode {
     /// Measured runs
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
+
+    /// Tell where the time of a decoding step goes on the device
+    #[arg(long)]
+    profile: bool,
 
     #[command(flatten)]
     device: DeviceArgs,
@@ -85,12 +90,20 @@ impl BenchDecode {
         let mut bandwidth = Bandwidth::new(threads);
         for run in 0..=self.runs {
             let (prompt, decode) = self.one(decoder, program.vocab, chunk)?;
-            bandwidth.measure();
+            // A device that measures its own memory is compared with that.
+            match decoder.read_rate()? {
+                Some(rate) => bandwidth.seen(rate / 1e9),
+                None => bandwidth.measure(),
+            }
             if run > 0 {
                 prompts.push(prompt);
                 decodes.push(decode);
             }
         }
+        let profile = match self.profile {
+            true => Some(self.profile(decoder, program.vocab, chunk)?),
+            false => None,
+        };
         let batch = f64::from(self.batch);
         let prompt = Rate::of(&prompts, batch * f64::from(self.prompt));
         // The first token comes with the prompt.
@@ -113,8 +126,9 @@ impl BenchDecode {
                 "weight_bytes_per_step": weight_bytes,
                 "kv_bytes_per_token": kv_bytes,
                 "read_gb_s": units::rounded(read, 3),
-                "host_bandwidth_gb_s": units::rounded(bandwidth.best(), 3),
+                "bandwidth_gb_s": units::rounded(bandwidth.best(), 3),
                 "bandwidth_share": units::rounded(share, 4),
+                "profile": profile.as_ref().map(|p| p.json(bandwidth.best())),
             }))?;
         } else {
             let row = |name: String, r: &Rate| {
@@ -142,45 +156,25 @@ impl BenchDecode {
                 100.0 * share,
                 bandwidth.best(),
             ))?;
+            if let Some(profile) = &profile {
+                print_text(&format!("\n{}", profile.table(bandwidth.best())))?;
+            }
         }
         Ok(Code::Ok)
     }
 
     /// Seconds of the prompt, and of the tokens after it.
     fn one(&self, decoder: &mut dyn DecodeBackend, vocab: u32, chunk: usize) -> Result<(f64, f64)> {
-        let sequences: Vec<SequenceId> = (0..self.batch).map(SequenceId).collect();
-        for sequence in &sequences {
-            decoder.truncate(*sequence, 0)?;
-        }
-        let mut next = vec![0u32; sequences.len()];
         let started = Instant::now();
-        for (sequence, next) in sequences.iter().zip(&mut next) {
-            let tokens: Vec<u32> = (0..self.prompt)
-                .map(|i| pseudo_random(sequence.0, i) % vocab)
-                .collect();
-            let mut out = Outputs {
-                argmax: std::slice::from_mut(next),
-                logits: &mut [],
-            };
-            decoding::prefill(decoder, *sequence, &tokens, chunk, Want::ArgMax, &mut out)?;
-        }
+        let (sequences, mut next) = self.start(decoder, vocab, chunk)?;
         let prompt = started.elapsed().as_secs_f64();
-        let want = [Want::ArgMax];
         let mut tokens = next.clone();
         let started = Instant::now();
         for _ in 0..self.n {
             if interrupted() {
                 return Err(BackendError::Cancelled.into());
             }
-            let runs: Vec<Run<'_>> = sequences
-                .iter()
-                .zip(&tokens)
-                .map(|(sequence, token)| Run {
-                    sequence: *sequence,
-                    tokens: std::slice::from_ref(token),
-                    want: &want,
-                })
-                .collect();
+            let runs = runs(&sequences, &tokens);
             decoder.forward(
                 &TokenBatch { runs: &runs },
                 &mut Outputs {
@@ -192,6 +186,71 @@ impl BenchDecode {
         }
         Ok((prompt, started.elapsed().as_secs_f64()))
     }
+
+    /// Empties the sequences and gives each its prompt; them, and their next tokens.
+    fn start(
+        &self,
+        decoder: &mut dyn DecodeBackend,
+        vocab: u32,
+        chunk: usize,
+    ) -> Result<(Vec<SequenceId>, Vec<u32>)> {
+        let sequences: Vec<SequenceId> = (0..self.batch).map(SequenceId).collect();
+        for sequence in &sequences {
+            decoder.truncate(*sequence, 0)?;
+        }
+        let mut next = vec![0u32; sequences.len()];
+        for (sequence, next) in sequences.iter().zip(&mut next) {
+            let tokens: Vec<u32> = (0..self.prompt)
+                .map(|i| pseudo_random(sequence.0, i) % vocab)
+                .collect();
+            let mut out = Outputs {
+                argmax: std::slice::from_mut(next),
+                logits: &mut [],
+            };
+            decoding::prefill(decoder, *sequence, &tokens, chunk, Want::ArgMax, &mut out)?;
+        }
+        Ok((sequences, next))
+    }
+
+    /// Where the time of steps after a prompt goes.
+    fn profile(&self, decoder: &mut dyn DecodeBackend, vocab: u32, chunk: usize) -> Result<Profile> {
+        let (sequences, mut next) = self.start(decoder, vocab, chunk)?;
+        let mut tokens = next.clone();
+        let mut steps = Vec::new();
+        for _ in 0..self.n.min(PROFILED_STEPS) {
+            if interrupted() {
+                return Err(BackendError::Cancelled.into());
+            }
+            let mut phases = Vec::new();
+            let runs = runs(&sequences, &tokens);
+            decoder.profile(
+                &TokenBatch { runs: &runs },
+                &mut Outputs {
+                    argmax: &mut next,
+                    logits: &mut [],
+                },
+                &mut phases,
+            )?;
+            steps.push(phases);
+            tokens.copy_from_slice(&next);
+        }
+        Ok(Profile::of(&steps))
+    }
+}
+
+/// Steps that a profile takes the median of, at most.
+const PROFILED_STEPS: u32 = 64;
+
+fn runs<'a>(sequences: &[SequenceId], tokens: &'a [u32]) -> Vec<Run<'a>> {
+    sequences
+        .iter()
+        .zip(tokens)
+        .map(|(sequence, token)| Run {
+            sequence: *sequence,
+            tokens: std::slice::from_ref(token),
+            want: &[Want::ArgMax],
+        })
+        .collect()
 }
 
 /// A well-mixed number of two (the finaliser of SplitMix64).
@@ -250,7 +309,7 @@ fn kv_bytes(program: &DecodeProgram, element: u64, length: u32) -> u64 {
         .sum()
 }
 
-/// How fast this host reads memory, measured between the runs.
+/// How fast the device reads its memory, or this host, measured between the runs.
 struct Bandwidth {
     threads: usize,
     buffer: Vec<u64>,
@@ -286,6 +345,11 @@ impl Bandwidth {
         });
         std::hint::black_box(sum);
         let rate = BUFFER_BYTES as f64 / started.elapsed().as_secs_f64() / 1e9;
+        self.best = self.best.max(rate);
+    }
+
+    /// Counts a rate that somebody else has measured, in 10^9 bytes a second.
+    fn seen(&mut self, rate: f64) {
         self.best = self.best.max(rate);
     }
 

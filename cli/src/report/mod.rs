@@ -4,6 +4,7 @@ pub(crate) mod load;
 pub(crate) mod metadata;
 pub(crate) mod model;
 pub(crate) mod plan;
+pub(crate) mod profile;
 pub(crate) mod table;
 pub(crate) mod units;
 

@@ -64,6 +64,7 @@ mod ledger;
 mod lifecycle;
 mod memory;
 mod plan;
+mod profile;
 mod program;
 mod push;
 mod resolved;
@@ -83,6 +84,7 @@ pub use ledger::UploadLedger;
 pub use lifecycle::{Lifecycle, State};
 pub use memory::{DeviceMemory, MemoryByClass, MemoryInfo};
 pub use plan::{LoadPlan, Shape, SourceView, ValueChange, WeightClass, WeightId, WeightPlan};
+pub use profile::PhaseTime;
 pub use program::{
     ActivationKind, DecodeProgram, KvSpec, Op, OpKind, OpName, RopeStyle, Table, TableId, ValueId, ValueKind,
     ValueSpec, WeightRef,

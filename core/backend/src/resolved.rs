@@ -146,6 +146,25 @@ pub enum StepKind {
     },
 }
 
+impl StepKind {
+    /// Canonical bytes of weights that the operation reads for a token, each counted once; `facts` are a weight's bytes and
+    /// shape, `chosen` is how many experts a value names.
+    pub fn weight_bytes(&self, facts: impl Fn(Weight) -> (u64, Shape), chosen: impl Fn(Value) -> u64) -> u64 {
+        match *self {
+            StepKind::MatMul { weight, .. } => facts(weight).0,
+            StepKind::ExpertMatMul { weight, experts, .. } => {
+                let (nbytes, shape) = facts(weight);
+                nbytes / shape.matrices.max(1) * chosen(experts).min(shape.matrices)
+            }
+            StepKind::Embed { weight, .. } | StepKind::EmbedPosition { weight, .. } => {
+                let (nbytes, shape) = facts(weight);
+                nbytes / shape.rows.max(1)
+            }
+            _ => 0,
+        }
+    }
+}
+
 /// A program whose operands are looked up and checked.
 #[derive(Clone, Debug)]
 pub struct ResolvedProgram {

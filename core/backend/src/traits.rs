@@ -1,7 +1,7 @@
 use crate::{
     BackendInfo, DecodeProgram, DeviceInfo, Error, IndexLayout, IndexReceipt, LoadPlan, LoadReceipt,
-    LoadWatch, MemoryInfo, OpenOptions, Outputs, Result, SequenceId, TokenBatch, WeightId, WeightSource,
-    WorkspaceBytes, WorkspaceDims, push_all,
+    LoadWatch, MemoryInfo, OpenOptions, Outputs, PhaseTime, Result, SequenceId, TokenBatch, UnsupportedWhat,
+    WeightId, WeightSource, WorkspaceBytes, WorkspaceDims, push_all,
 };
 
 /// A kind of backend: finds devices and opens one.
@@ -166,6 +166,32 @@ pub trait DecodeBackend: WeightBackend {
     /// [`Error::InvalidArgument`] for an unknown or repeated sequence, an empty run, too many tokens, or outputs of the
     /// wrong size; [`Error::NonFinite`]; [`Error::DeviceLost`].
     fn forward(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>) -> Result<()>;
+
+    /// Does what [`DecodeBackend::forward`] does, and adds to `phases` where the time went, in the order in which the device
+    /// ran it. Timing may cost time of its own; results are the same.
+    ///
+    /// # Errors
+    /// As [`DecodeBackend::forward`]; [`Error::Unsupported`] from a backend that cannot tell.
+    fn profile(
+        &mut self,
+        batch: &TokenBatch<'_>,
+        out: &mut Outputs<'_>,
+        phases: &mut Vec<PhaseTime>,
+    ) -> Result<()> {
+        let _ = (batch, out, phases);
+        Err(Error::Unsupported {
+            backend: self.info().name.clone(),
+            what: UnsupportedWhat::Other("profiles of a step".into()),
+        })
+    }
+
+    /// Bytes a second at which the device reads its own memory, measured now; `None` if the backend does not measure it.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::DeviceLost`].
+    fn read_rate(&mut self) -> Result<Option<f64>> {
+        Ok(None)
+    }
 
     /// Cuts a sequence back to `length` tokens; 0 resets it.
     ///

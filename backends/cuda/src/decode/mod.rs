@@ -10,6 +10,7 @@
 //! | `attention` | attention of many tokens at once |
 //! | `fused` | operations of many tokens that one kernel does together |
 //! | `persistent` | a whole token of a llama-like program as one launch, where that is asked for |
+//! | `profile` | where the time of a step goes |
 //! | `graph` | a step recorded once |
 //!
 //! Every operation runs for any number of tokens. A batch of one token that wants something is recorded as a graph when a
@@ -23,19 +24,22 @@ mod kernels;
 mod params;
 mod persistent;
 mod prefill;
+mod profile;
 mod steps;
 mod workspace;
 
 use std::sync::Arc;
 
 use hoist_backend::{
-    DecodeProgram, Encoding, Error, FloatLayout, OpName, Outputs, ResolvedProgram, Result, SequenceId, Shape,
-    TokenBatch, Want, WeightClass, WeightFacts, WeightId, WeightIndex, WorkspaceBytes, WorkspaceDims, admit,
+    DecodeProgram, Encoding, Error, FloatLayout, OpName, Outputs, PhaseTime, ResolvedProgram, Result,
+    SequenceId, Shape, TokenBatch, Want, WeightClass, WeightFacts, WeightId, WeightIndex, WorkspaceBytes,
+    WorkspaceDims, admit,
 };
 
 use self::graph::Graph;
 use self::params::Row;
 use self::persistent::Persistent;
+use self::profile::Marks;
 use self::steps::Prepared;
 use self::workspace::Workspace;
 use crate::driver::{Context, Stream};
@@ -190,13 +194,13 @@ impl Engine {
         self.graph = Some(Graph::record(&self.stream, || {
             self.upload_rows(1)?;
             if let Some(persistent) = &persistent {
-                prepared.launch(&self.stream, &self.workspace, 0..persistent.before, 1, None)?;
+                prepared.launch(&self.stream, &self.workspace, 0..persistent.before, 1, None, None)?;
                 persistent.launch(&self.stream)?;
                 prepared.arg_max(&self.stream, &self.workspace, 1)?;
                 return self.download(1);
             }
-            self.body(&prepared, 1, None)?;
-            self.tail(&prepared, 1)?;
+            self.body(&prepared, 1, None, None)?;
+            self.tail(&prepared, 1, None)?;
             self.download(1)
         })?);
         self.persistent = persistent;
@@ -223,14 +227,20 @@ impl Engine {
         unsafe { self.stream.fill(work.fault, 0xff, 4) }
     }
 
-    fn body(&self, program: &Prepared, tokens: u32, splits: Option<u32>) -> Result<()> {
+    fn body(
+        &self,
+        program: &Prepared,
+        tokens: u32,
+        splits: Option<u32>,
+        marks: Option<&Marks>,
+    ) -> Result<()> {
         let [body, _] = program.resolved.parts();
-        program.launch(&self.stream, &self.workspace, body, tokens, splits)
+        program.launch(&self.stream, &self.workspace, body, tokens, splits, marks)
     }
 
-    fn tail(&self, program: &Prepared, tokens: u32) -> Result<()> {
+    fn tail(&self, program: &Prepared, tokens: u32, marks: Option<&Marks>) -> Result<()> {
         let [_, tail] = program.resolved.parts();
-        program.launch(&self.stream, &self.workspace, tail, tokens, None)?;
+        program.launch(&self.stream, &self.workspace, tail, tokens, None, marks)?;
         program.arg_max(&self.stream, &self.workspace, tokens)
     }
 
@@ -246,6 +256,35 @@ impl Engine {
 
     /// Runs a batch. Lengths change only when all has succeeded; what lies in the cache beyond them is scratch.
     pub(crate) fn forward(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>) -> Result<()> {
+        self.run(batch, out, None)
+    }
+
+    /// Does the same and tells where the time went; `facts` are a weight's bytes and shape.
+    pub(crate) fn profile(
+        &mut self,
+        batch: &TokenBatch<'_>,
+        out: &mut Outputs<'_>,
+        facts: impl Fn(usize) -> (u64, Shape),
+        phases: &mut Vec<PhaseTime>,
+    ) -> Result<()> {
+        self.context.bind()?;
+        let marks = Marks::new(&self.context)?;
+        self.run(batch, out, Some(&marks))?;
+        let one = batch.runs.iter().map(|run| run.tokens.len()).sum::<usize>() == 1;
+        match (&self.persistent, &self.program) {
+            (Some(persistent), _) if one && out.logits.len() + out.argmax.len() > 0 => {
+                persistent.phases(&self.stream, phases)
+            }
+            (_, Some(program)) => {
+                let dims = &self.workspace.dims.values;
+                let chosen = |value: usize| dims.get(value).map_or(0, |(_, width)| u64::from(*width));
+                marks.phases(&program.resolved, facts, chosen, phases)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn run(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>, marks: Option<&Marks>) -> Result<()> {
         let Some(program) = &self.program else {
             return Err(Error::internal(crate::NAME, "a step without a program"));
         };
@@ -281,19 +320,26 @@ impl Engine {
             last = last.max(row.position);
         }
         let tokens = work.batch.len();
-        if let (1, 1, Some(graph)) = (tokens, wanted, &self.graph) {
+        let recorded = self
+            .graph
+            .as_ref()
+            .filter(|_| marks.is_none() || self.persistent.is_some());
+        if let (1, 1, Some(graph)) = (tokens, wanted, recorded) {
             if let Some(persistent) = &self.persistent {
                 persistent.count(&self.stream)?;
             }
             graph.launch(&self.stream)?;
         } else {
             self.upload_rows(tokens)?;
-            self.body(program, tokens as u32, Some(last / workspace::SPLIT + 1))?;
+            if let Some(marks) = marks {
+                marks.begin(&self.stream)?;
+            }
+            self.body(program, tokens as u32, Some(last / workspace::SPLIT + 1), marks)?;
             if wanted > 0 {
                 if wanted < tokens {
                     program.keep(&self.stream, &self.workspace, wanted as u32)?;
                 }
-                self.tail(program, wanted as u32)?;
+                self.tail(program, wanted as u32, marks)?;
             }
             self.download(wanted)?;
         }

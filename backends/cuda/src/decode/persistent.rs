@@ -6,10 +6,11 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hoist_backend::{
-    ActivationKind, Encoding, Error, KvDtype, ResolvedProgram, Result, RopeStyle, Step, StepKind, ValueKind,
-    WeightClass, WeightId, WorkspaceDims,
+    ActivationKind, Encoding, Error, KvDtype, PhaseTime, ResolvedProgram, Result, RopeStyle, Step, StepKind,
+    ValueKind, WeightClass, WeightId, WorkspaceDims,
 };
 
 use super::DeviceWeight;
@@ -235,6 +236,8 @@ pub(super) struct Persistent {
     numbered: [(u64, usize); 2],
     /// Steps since mail was emptied.
     steps: Cell<u32>,
+    /// What each phase is: its name, its layer, the bytes of its weights.
+    described: Vec<(&'static str, Option<u32>, u64)>,
     /// Steps before the launch: the embedding.
     pub(super) before: usize,
 }
@@ -250,6 +253,9 @@ struct Matcher<'a, W> {
     control: Control,
     phases: Vec<Phase>,
     streams: Vec<MatrixStream>,
+    described: Vec<(&'static str, Option<u32>, u64)>,
+    /// The layer in hand.
+    layer: Option<u32>,
     /// Most rows of a block in a phase, most segments of an input, and most bytes for attention.
     rows: u32,
     segments: u32,
@@ -370,7 +376,13 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         ))
     }
 
-    fn push(&mut self, from: &Quantised, matrices: &[StepMatrix], base: Product) -> Option<()> {
+    fn push(
+        &mut self,
+        name: &'static str,
+        from: &Quantised,
+        matrices: &[StepMatrix],
+        base: Product,
+    ) -> Option<()> {
         let segments = u32::try_from(from.cols / 256).ok()?;
         let rows: u32 = matrices.iter().map(|m| m.rows.div_ceil(self.blocks)).sum();
         // A segment's number is divided by multiplication, exact as long as the product stays below 2^32.
@@ -381,11 +393,12 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         if base.prologue == NORM && from.cols * 4 > VALUES as usize {
             return None;
         }
-        let mut pieces = 0;
+        let (mut pieces, mut bytes) = (0, 0);
         for matrix in matrices {
             let (segment_bytes, piece) = PIECES[matrix.coding as usize];
             let row_bytes = segments.checked_mul(segment_bytes)?;
             matrix.rows.div_ceil(self.blocks).checked_mul(row_bytes)?;
+            bytes += u64::from(matrix.rows) * u64::from(row_bytes);
             pieces += (matrix.rows.div_ceil(self.blocks) * segments).div_ceil(piece);
             self.streams.push(MatrixStream {
                 weight: matrix.weight,
@@ -409,6 +422,7 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         }
         product.matrix[..matrices.len()].copy_from_slice(matrices);
         self.phases.push(Phase::Product(product));
+        self.described.push((name, self.layer, bytes));
         self.rows = self.rows.max(rows);
         self.segments = self.segments.max(segments);
         Some(())
@@ -473,7 +487,7 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             self.product(&input)?,
             self.product(&input)?,
         ];
-        self.push(&input, &[wq, wk, wv], base)?;
+        self.push("query, key, value", &input, &[wq, wk, wv], base)?;
         let turned = self.rope(q)?;
         if self.rope(k)? != turned {
             return None;
@@ -508,6 +522,7 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         if cached as usize != head_dim || !head_dim.is_multiple_of(8) || head_dim > THREADS as usize {
             return None;
         }
+        self.described.push(("attention", self.layer, 0));
         self.phases.push(Phase::Attention(Attention {
             query: self.mail(q),
             key: self.mail(k),
@@ -540,7 +555,7 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         let to = |matrix, out| StepMatrix { out, ..matrix };
         // The residual stream has two mailboxes, for before and after the gated product.
         let between = self.second_mail();
-        self.push(&input, &[to(wo, between)], residual(MERGE))?;
+        self.push("attention output", &input, &[to(wo, between)], residual(MERGE))?;
         let (input, base) = self.normed(x)?;
         let [(gate, wg), (up, wu)] = [self.product(&input)?, self.product(&input)?];
         let StepKind::Activation {
@@ -567,12 +582,12 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             mail: between,
             ..base
         };
-        self.push(&input, &[to(wg, at_inner), wu], gated)?;
+        self.push("gate, up", &input, &[to(wg, at_inner), wu], gated)?;
         let input = self.quantise(inner)?;
         let (branch, wd) = self.product(&input)?;
         self.added(x, branch)?;
         let at_x = self.mail(x);
-        self.push(&input, &[to(wd, at_x)], residual(PLAIN))
+        self.push("down", &input, &[to(wd, at_x)], residual(PLAIN))
     }
 
     /// All phases; the number of steps before them.
@@ -581,8 +596,10 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             return None;
         };
         for layer in 0..layers {
+            self.layer = u32::try_from(layer).ok();
             self.layer(x, layer == 0)?;
         }
+        self.layer = None;
         let (input, base) = self.normed(x)?;
         let (out, matrix) = self.product(&input)?;
         if out != logits || self.at != self.steps.len() || layers == 0 {
@@ -593,6 +610,7 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             ..matrix
         };
         self.push(
+            "logits",
             &input,
             &[matrix],
             Product {
@@ -635,6 +653,8 @@ impl Persistent {
             control,
             phases: Vec::new(),
             streams: Vec::new(),
+            described: Vec::new(),
+            layer: None,
             rows: 0,
             segments: 0,
             attention_bytes: 0,
@@ -708,6 +728,7 @@ impl Persistent {
                 (base + control.mail, (control.end - control.mail) as usize),
             ],
             steps: Cell::new(0),
+            described: matcher.described,
             before,
         };
         this.empty(stream)?;
@@ -731,6 +752,38 @@ impl Persistent {
             self.empty(stream)?;
         }
         self.steps.set(self.steps.get() + 1);
+        Ok(())
+    }
+
+    /// Where the last launch's time went, by the clock of the first block's multiprocessor. The stream must have passed it.
+    pub(super) fn phases(&self, stream: &Stream, phases: &mut Vec<PhaseTime>) -> Result<()> {
+        let points = POINTS as usize;
+        let mut times = vec![0u64; self.described.len() * points + 2];
+        // SAFETY: pageable memory; as many times as `Control` has counted.
+        unsafe { stream.copy_dtoh(bytemuck::cast_slice_mut(&mut times), self.params.times) }?;
+        stream.synchronize()?;
+        let (clocks, ends) = times.split_at(self.described.len() * points);
+        let (Some(first), Some(last)) = (clocks.first(), clocks.last()) else {
+            return Ok(());
+        };
+        let nanos = ends[1].saturating_sub(ends[0]) as f64 / last.saturating_sub(*first).max(1) as f64;
+        for ((name, layer, bytes), clock) in self.described.iter().zip(clocks.chunks_exact(points)) {
+            let mut add = |part: &str, from: u64, to: u64, weight_bytes: u64| {
+                phases.push(PhaseTime {
+                    name: format!("{name}{part}"),
+                    layer: *layer,
+                    time: Duration::from_nanos((to.saturating_sub(from) as f64 * nanos) as u64),
+                    weight_bytes,
+                });
+            };
+            if *bytes == 0 {
+                add("", clock[0], clock[3], 0);
+            } else {
+                add(": input", clock[0], clock[1], 0);
+                add(": product", clock[1], clock[2], *bytes);
+                add(": results", clock[2], clock[3], 0);
+            }
+        }
         Ok(())
     }
 

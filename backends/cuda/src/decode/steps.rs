@@ -14,6 +14,7 @@ use super::params::{
     Quantise, Rope, Router, Store, Tiled, WeightedSum,
 };
 use super::prefill::{self, Held, Packed, Product};
+use super::profile::Marks;
 use super::workspace::{ARG_MAX_PARTS, Place, SPLIT, Workspace};
 use super::{DeviceWeight, kernels};
 use crate::driver::{Device, Stream};
@@ -353,6 +354,7 @@ impl Prepared {
         steps: Range<usize>,
         tokens: u32,
         splits: Option<u32>,
+        marks: Option<&Marks>,
     ) -> Result<()> {
         let all = work.dims.capacity.max_context.div_ceil(SPLIT);
         let machine = Machine {
@@ -369,6 +371,7 @@ impl Prepared {
         };
         let mut at = steps.start;
         while at < steps.end {
+            let first = at;
             let fused = self.fused[at].as_ref();
             if let Some(fused) = fused.filter(|f| tokens >= prefill::FEWEST_TOKENS && f.last < steps.end) {
                 self.fused(&machine, at, fused)?;
@@ -376,6 +379,9 @@ impl Prepared {
             } else {
                 self.step(&machine, at, &self.resolved.steps[at], &self.steps[at])?;
                 at += 1;
+            }
+            if let Some(marks) = marks {
+                marks.pass(stream, first..at)?;
             }
         }
         Ok(())
