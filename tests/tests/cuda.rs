@@ -29,7 +29,10 @@ type Outcome = std::result::Result<(), Failed>;
 /// A child of this test answers instead of testing: what the provider finds on its machine.
 const CHILD: &str = "HOIST_CUDA_CHILD";
 
-const TESTS: &[(&str, fn() -> Outcome)] = &[
+/// A test and its name.
+type Test = (&'static str, fn() -> Outcome);
+
+const TESTS: &[Test] = &[
     ("every_driver_call_is_emulated", every_symbol),
     ("architectures_decode_to_the_references_bits", architectures),
     ("encodings_decode_to_the_references_bits", encodings),
