@@ -121,6 +121,14 @@ fn an_adapter_past_the_last_is_unavailable() -> Result<(), Failed> {
     Err(format!("{}: {said}", output.status).into())
 }
 
+/// The suite asks this in a process of its own, which only the program starts.
+fn loads_that_are_given_up_hold_nothing() -> Result<(), Failed> {
+    let case = "resources::abort::loads_that_are_given_up";
+    let output = hoist(&["conform", "wgpu:0", "--filter", case, "--seed", "1", "--json"])?;
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    same("passed cases", &report["counts"]["pass"], &1.into())
+}
+
 /// Name, whether it needs the model, whether it takes minutes, and the test.
 type Test = (&'static str, bool, bool, fn() -> Result<(), Failed>);
 
@@ -139,6 +147,12 @@ const TESTS: &[Test] = &[
         false,
         false,
         an_adapter_past_the_last_is_unavailable,
+    ),
+    (
+        "loads_that_are_given_up_hold_nothing",
+        false,
+        false,
+        loads_that_are_given_up_hold_nothing,
     ),
 ];
 

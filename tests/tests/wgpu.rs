@@ -495,9 +495,6 @@ const TESTS: &[Test] = &[
     ("suite_ops", || conforms(&["ops"])),
     ("suite_decode", || conforms(&["decode::*[architecture=llama*"])),
     ("suite_scalar", || conforms(&["determinism::code::scalar"])),
-    ("suite_aborts", || {
-        conforms(&["resources::abort::loads_that_are_given_up"])
-    }),
     ("suite_lifecycle", || conforms(&["lifecycle"])),
 ];
 
