@@ -15,12 +15,19 @@ struct KvF16 {
     DEVICE u16 narrow(float x) { return f16_of_f32(x); }
     DEVICE bool finite(u16 x) { return (x & 0x7fff) < 0x7c00; }
     DEVICE float widen(u16 x) { return f32_of_f16(x); }
+    /// Two neighbours, the first of them low.
+    typedef u32 Two;
+    DEVICE float low(u32 both) { return f32_of_f16((u16)both); }
+    DEVICE float high(u32 both) { return f32_of_f16((u16)(both >> 16)); }
 };
 struct KvF32 {
     typedef float T;
     DEVICE float narrow(float x) { return x; }
     DEVICE bool finite(float x) { return is_finite(x); }
     DEVICE float widen(float x) { return x; }
+    typedef float2 Two;
+    DEVICE float low(float2 both) { return both.x; }
+    DEVICE float high(float2 both) { return both.y; }
 };
 
 /// A layer's cache: [sequence][kv_head], keys then values of each. Keys: [position / 64][element / 8][position mod 64][8];
@@ -52,8 +59,10 @@ struct AttentionParams {
     u32 capped;
     /// Tokens from the first one on.
     u32 tokens;
+    /// Whether there is shared memory for a split's values of one head.
+    u32 staged, unused;
 };
-static_assert(sizeof(AttentionParams) == 96);
+static_assert(sizeof(AttentionParams) == 104);
 
 /// The first position that a token sees.
 DEVICE u32 first_visible(const AttentionParams &p, u32 position) {

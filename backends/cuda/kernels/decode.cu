@@ -282,8 +282,24 @@ extern "C" __global__ void store_kv_f32(const __grid_constant__ StoreParams p) {
 
 /// Query heads of one key/value head that a block takes at once.
 constexpr int HEADS = 4;
+/// Elements of keys that a thread asks for at once.
+constexpr u32 KEY_STEP = 32;
 
-/// One block of 256 threads for each (split, key/value head and group of query heads, token).
+/// Stored numbers of one position's key, element `first` and those after it.
+template <class K> struct Keys {
+    alignas(16) typename K::T x[KEY_STEP];
+    DEVICE void load(Keys &to, const CacheLayer &c, const typename K::T *keys, u32 position, u32 first, bool here) {
+#pragma unroll
+        for (u32 i = 0; i < KEY_STEP; i += 8) {
+            const uint4 *from = (const uint4 *)(keys + key_at(c, position, first + i));
+            for (u32 j = 0; j < sizeof(typename K::T) / 2; j++)
+                if (here && first + i < c.padded) ((uint4 *)(to.x + i))[j] = from[j];
+        }
+    }
+};
+
+/// One block of 256 threads for each (split, key/value head and group of query heads, token). Where `staged`, all values of the
+/// split come to shared memory while keys are multiplied.
 template <class K> DEVICE void attention_split(const AttentionParams &p) {
     DYNAMIC_SHARED(float, shared, 16);
     typedef typename K::T T;
@@ -294,60 +310,113 @@ template <class K> DEVICE void attention_split(const AttentionParams &p) {
     const Row &row = p.rows[p.first_token + blockIdx.z];
     u32 first = first_visible(p, row.position), last = row.position, base = blockIdx.x * SPLIT;
     if (base > last || base + SPLIT <= first) return;
-    // Queries, element by element, all heads of one together; then the weights, likewise.
+    const T *keys = keys_of<K>(c, row.sequence, kv_head), *values = keys + (size_t)c.padded * c.positions;
+    u32 low = max(first, base), high = min(last, base + SPLIT - 1);
+    u32 position = base + t;
+    bool visible = position >= first && position <= last;
+    Keys<K> now, next;
+    Keys<K>::load(now, c, keys, position, 0, visible);
+    // Queries, element by element, all heads of one together; the weights, head by head; maxima of warps; values.
     float *q = shared, *w = q + HEADS * c.padded, *scratch = w + HEADS * SPLIT;
+    T *stage = (T *)(scratch + 8 * HEADS);
+    if (p.staged) {
+        const u8 *from = (const u8 *)(values + (size_t)low * c.padded);
+        u32 bytes = (high - low + 1) * c.padded * (u32)sizeof(T);
+        for (u32 i = 16 * t; i < bytes; i += 16 * SPLIT) copy_16((u8 *)stage + i, from + i);
+    }
     for (u32 i = t; i < HEADS * c.padded; i += SPLIT) {
         u32 h = i % HEADS, element = i / HEADS;
         size_t at = ((size_t)(p.first_token + blockIdx.z) * p.heads + head + h) * c.head_dim + element;
         q[i] = h < n && element < c.head_dim ? p.query[at] : 0.0f;
     }
     meet_block();
-    const T *keys = keys_of<K>(c, row.sequence, kv_head), *values = keys + (size_t)c.padded * c.positions;
-    u32 position = base + t;
-    bool visible = position >= first && position <= last;
     float s[HEADS];
     for (int h = 0; h < HEADS; h++) s[h] = 0.0f;
     if (visible) {
-        for (u32 element = 0; element < c.head_dim; element += 8) {
-            T k[8];
-            const uint4 *from = (const uint4 *)(keys + key_at(c, position, element));
-            for (int i = 0; i < (int)sizeof(k) / 16; i++) ((uint4 *)k)[i] = from[i];
-            for (int i = 0; i < 8; i++) {
+#pragma unroll 1
+        for (u32 element = 0; element < c.head_dim; element += KEY_STEP) {
+            if (element + KEY_STEP < c.head_dim) Keys<K>::load(next, c, keys, position, element + KEY_STEP, true);
+#pragma unroll
+            for (u32 i = 0; i < KEY_STEP; i++) {
                 if (element + i < c.head_dim) {
-                    float x = K::widen(k[i]);
+                    float x = K::widen(now.x[i]);
                     float4 queries = *(const float4 *)(q + (element + i) * HEADS);
                     s[0] = fma(queries.x, x, s[0]), s[1] = fma(queries.y, x, s[1]);
                     s[2] = fma(queries.z, x, s[2]), s[3] = fma(queries.w, x, s[3]);
                 }
             }
+            now = next;
         }
     }
+    float m[HEADS];
     for (int h = 0; h < HEADS; h++) {
         s[h] = mul(s[h], p.scale);
         if (p.capped) s[h] = soft_capped(s[h], p.cap);
-        float m = block_max(visible ? s[h] : -INFINITY, scratch);
-        w[h * SPLIT + t] = visible ? exponential(sub(s[h], m)) : 0.0f;
-        if (t == 0) scratch[8 + h] = m;
+        m[h] = visible ? s[h] : -INFINITY;
+        for (int half = 16; half > 0; half >>= 1) {
+            float other = shuffle_xor(m[h], half);
+            m[h] = other > m[h] ? other : m[h];
+        }
     }
+    if ((t & 31) == 0) *(float4 *)(scratch + (t >> 5) * HEADS) = float4{m[0], m[1], m[2], m[3]};
+    meet_block();
+    for (u32 i = 0; i < 8; i++) {
+        float4 others = *(const float4 *)(scratch + i * HEADS);
+        m[0] = others.x > m[0] ? others.x : m[0], m[1] = others.y > m[1] ? others.y : m[1];
+        m[2] = others.z > m[2] ? others.z : m[2], m[3] = others.w > m[3] ? others.w : m[3];
+    }
+    for (int h = 0; h < HEADS; h++) w[h * SPLIT + t] = visible ? exponential(sub(s[h], m[h])) : 0.0f;
+    await_copies();
     meet_block();
     size_t sums = ((size_t)blockIdx.z * p.heads + head) * p.splits + blockIdx.x;
     // dot64's order: a lane has two accumulators, 32 apart.
     for (u32 h = t >> 5; h < n; h += 8) {
         const float *x = w + h * SPLIT + (t & 31);
-        float low = 0.0f, high = 0.0f;
-        for (int i = 0; i < 4; i++) low = add(low, x[64 * i]), high = add(high, x[64 * i + 32]);
-        float l = add(low, high);
+        float even = 0.0f, odd = 0.0f;
+        for (int i = 0; i < 4; i++) even = add(even, x[64 * i]), odd = add(odd, x[64 * i + 32]);
+        float l = add(even, odd);
         for (int half = 16; half > 0; half >>= 1) l = add(l, shuffle_xor(l, half));
-        if ((t & 31) == 0) p.sums[sums + h * p.splits] = make_float2(scratch[8 + h], l);
+        float most = h == 0 ? m[0] : h == 1 ? m[1] : h == 2 ? m[2] : m[3];
+        if ((t & 31) == 0) p.sums[sums + h * p.splits] = make_float2(most, l);
     }
-    u32 low = max(first, base), high = min(last, base + SPLIT - 1);
-    for (u32 i = t; i < n * c.head_dim; i += SPLIT) {
-        u32 h = i / c.head_dim, element = i % c.head_dim;
-        const T *v = values + (size_t)low * c.padded + element;
-        float o = 0.0f;
+    if (!p.staged) {
+        for (u32 i = t; i < n * c.head_dim; i += SPLIT) {
+            u32 h = i / c.head_dim, element = i % c.head_dim;
+            const T *v = values + (size_t)low * c.padded + element;
+            float o = 0.0f;
 #pragma unroll 8
-        for (u32 x = low; x <= high; x++, v += c.padded) o = fma(w[h * SPLIT + x - base], K::widen(*v), o);
-        p.partial[(sums + h * p.splits) * c.head_dim + element] = o;
+            for (u32 x = low; x <= high; x++, v += c.padded) o = fma(w[h * SPLIT + x - base], K::widen(*v), o);
+            p.partial[(sums + h * p.splits) * c.head_dim + element] = o;
+        }
+        return;
+    }
+    // A thread has two neighbouring elements of a head; elements are padded to a multiple of 8.
+    u32 pairs = c.padded / 2;
+    for (u32 i = t; i < n * pairs; i += SPLIT) {
+        u32 h = i / pairs, element = i % pairs * 2;
+        const float *weights = w + h * SPLIT + low - base;
+        const T *v = stage + element;
+        float o[2] = {0.0f, 0.0f};
+        u32 x = 0, count = high - low + 1;
+        // Weights are read four at a time where they lie so.
+        if ((low & 3) == 0)
+#pragma unroll 4
+            for (; x + 4 <= count; x += 4) {
+                float4 four = *(const float4 *)(weights + x);
+                float of_positions[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+                for (u32 k = 0; k < 4; k++, v += c.padded) {
+                    typename K::Two both = *(const typename K::Two *)v;
+                    o[0] = fma(of_positions[k], K::low(both), o[0]), o[1] = fma(of_positions[k], K::high(both), o[1]);
+                }
+            }
+        for (; x < count; x++, v += c.padded) {
+            typename K::Two both = *(const typename K::Two *)v;
+            o[0] = fma(weights[x], K::low(both), o[0]), o[1] = fma(weights[x], K::high(both), o[1]);
+        }
+        float *out = p.partial + (sums + h * p.splits) * c.head_dim + element;
+        for (u32 k = 0; k < 2; k++)
+            if (element + k < c.head_dim) out[k] = o[k];
     }
 }
 
@@ -358,24 +427,31 @@ extern "C" __global__ void __launch_bounds__(256) attention_f32(const __grid_con
     attention_split<KvF32>(p);
 }
 
-/// One block for each (query head, token).
-extern "C" __global__ void attention_merge(const __grid_constant__ AttentionParams p) {
-    u32 head_dim = p.cache.head_dim;
-    size_t at = (size_t)blockIdx.y * p.heads + blockIdx.x;
+/// One warp for each (query head, token): a block has four heads of a token. A lane takes four elements at a time, 32 apart.
+extern "C" __global__ void __launch_bounds__(128) attention_merge(const __grid_constant__ AttentionParams p) {
+    u32 head_dim = p.cache.head_dim, lane = threadIdx.x & 31, head = blockIdx.x * 4 + (threadIdx.x >> 5);
+    if (head >= p.heads) return;
+    size_t at = (size_t)blockIdx.y * p.heads + head;
     const Row &row = p.rows[p.first_token + blockIdx.y];
     u32 first = first_visible(p, row.position) / SPLIT, last = row.position / SPLIT;
     const float2 *sums = p.sums + at * p.splits;
     const float *partial = p.partial + at * p.splits * head_dim;
+    float *out = p.out + ((size_t)(p.first_token + blockIdx.y) * p.heads + head) * head_dim;
     float m = -INFINITY;
     for (u32 s = first; s <= last; s++) m = sums[s].x > m ? sums[s].x : m;
-    for (u32 i = threadIdx.x; i < head_dim; i += blockDim.x) {
-        float l = 0.0f, o = 0.0f;
+    for (u32 element = lane; element < head_dim; element += 128) {
+        float l = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         for (u32 s = first; s <= last; s++) {
+            float x[4];
+            for (u32 i = 0; i < 4; i++)
+                x[i] = element + 32 * i < head_dim ? partial[(size_t)s * head_dim + element + 32 * i] : 0.0f;
             float f = exponential(sub(sums[s].x, m));
             l = fma(sums[s].y, f, l);
-            o = fma(partial[(size_t)s * head_dim + i], f, o);
+            for (u32 i = 0; i < 4; i++) o[i] = fma(x[i], f, o[i]);
         }
-        p.out[((size_t)(p.first_token + blockIdx.y) * p.heads + blockIdx.x) * head_dim + i] = mul(o, quotient(1.0f, l));
+        float inverse = quotient(1.0f, l);
+        for (u32 i = 0; i < 4; i++)
+            if (element + 32 * i < head_dim) out[element + 32 * i] = mul(o[i], inverse);
     }
 }
 

@@ -153,17 +153,30 @@ template <class K, u32 HEAD> DEVICE void attention_rows(const AttentionParams &p
     // Tokens that follow each other in one sequence; mostly, all.
     for (u32 start = begin, end; start < stop; start = end) {
         u32 sequence = p.rows[start].sequence, position = p.rows[start].position;
-        for (end = start + 1; end < stop; end++)
-            if (p.rows[end].sequence != sequence || p.rows[end].position != position + (end - start)) break;
+        // QUERY_ROWS less the first one that does not follow.
+        u32 broken = 0;
+        for (u32 i = lane; i < stop - start; i += 32)
+            if (p.rows[start + i].sequence != sequence || p.rows[start + i].position != position + i)
+                broken = max(broken, QUERY_ROWS - i);
+        broken = largest_of_warp(broken);
+        end = broken ? start + QUERY_ROWS - broken : stop;
         u32 first = max(first_visible(p, position), base), last = min(position + (end - start) - 1, base + SPLIT - 1);
         if (first > last) continue;
         u32 rows = (end - start) * group;
         // What the tokens before have left in shared memory is done with.
         meet_block();
-        for (u32 i = t; i < QUERY_ROWS * c.head_dim; i += 256) {
-            u32 row = i % QUERY_ROWS, element = i / QUERY_ROWS;
-            size_t at = ((size_t)(start + row / group) * p.heads + kv_head * group + row % group) * c.head_dim + element;
-            queries[i] = row < rows ? p.query[at] : 0.0f;
+        {
+            // A thread has four elements of one row at a time.
+            u32 row = t % QUERY_ROWS, token = start + row / group, head = kv_head * group + row % group;
+            const float4 *from = (const float4 *)(p.query + ((size_t)token * p.heads + head) * c.head_dim);
+#pragma unroll
+            for (u32 i = 0; i < HEAD / 16; i++) {
+                u32 element = 4 * (t / QUERY_ROWS) + 16 * i;
+                if (element >= c.head_dim) break;
+                float4 x = row < rows ? from[element / 4] : float4{0.0f, 0.0f, 0.0f, 0.0f};
+                float *q = queries + element * QUERY_ROWS + row;
+                q[0] = x.x, q[QUERY_ROWS] = x.y, q[2 * QUERY_ROWS] = x.z, q[3 * QUERY_ROWS] = x.w;
+            }
         }
         const T *keys = keys_of<K>(c, sequence, kv_head), *values = keys + (size_t)c.padded * c.positions;
         float s[WARP_QUERIES][8];
@@ -194,17 +207,19 @@ template <class K, u32 HEAD> DEVICE void attention_rows(const AttentionParams &p
                 }
             }
         }
-#pragma unroll
+        // Row by row, so that the code is there once: the rows move up, and what a row has become goes to the end.
+#pragma unroll 1
         for (u32 j = 0; j < WARP_QUERIES; j++) {
             u32 row = warp * WARP_QUERIES + j, token = start + min(row, rows - 1) / group;
-            u32 own_last = p.rows[token].position, own_first = first_visible(p, own_last);
-            float m = -INFINITY;
+            u32 own_last = position + (token - start), own_first = first_visible(p, own_last);
+            float x[8], m = -INFINITY;
+            for (u32 i = 0; i < 8; i++) x[i] = mul(s[0][i], p.scale);
+            if (p.capped)
+                for (u32 i = 0; i < 8; i++) x[i] = soft_capped(x[i], p.cap);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
                 u32 at = base + 32 * i + lane;
-                s[j][i] = mul(s[j][i], p.scale);
-                if (p.capped) s[j][i] = soft_capped(s[j][i], p.cap);
-                if (at >= own_first && at <= own_last && s[j][i] > m) m = s[j][i];
+                if (at >= own_first && at <= own_last && x[i] > m) m = x[i];
             }
             for (int h = 16; h > 0; h >>= 1) {
                 float other = shuffle_xor(m, h);
@@ -213,17 +228,23 @@ template <class K, u32 HEAD> DEVICE void attention_rows(const AttentionParams &p
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
                 u32 at = base + 32 * i + lane;
-                s[j][i] = at >= own_first && at <= own_last ? exponential(sub(s[j][i], m)) : 0.0f;
+                x[i] = at >= own_first && at <= own_last ? exponential(sub(x[i], m)) : 0.0f;
             }
             // dot64's order: a lane has two accumulators, 32 apart.
             float even = 0.0f, odd = 0.0f;
-            for (u32 i = 0; i < 8; i += 2) even = add(even, s[j][i]), odd = add(odd, s[j][i + 1]);
+            for (u32 i = 0; i < 8; i += 2) even = add(even, x[i]), odd = add(odd, x[i + 1]);
             float l = add(even, odd);
             for (int h = 16; h > 0; h >>= 1) l = add(l, shuffle_xor(l, h));
             // A split that the row does not see is not looked at when splits merge.
             if (lane == 0 && row < rows) {
                 u32 head = kv_head * group + row % group;
                 p.sums[((size_t)(token - p.first_token) * p.heads + head) * p.splits + blockIdx.x] = make_float2(m, l);
+            }
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) {
+#pragma unroll
+                for (u32 k = 0; k + 1 < WARP_QUERIES; k++) s[k][i] = s[k + 1][i];
+                s[WARP_QUERIES - 1][i] = x[i];
             }
         }
 #pragma unroll

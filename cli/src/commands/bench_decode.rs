@@ -21,7 +21,7 @@ use crate::watch::{catch_interrupts, interrupted};
 /// Tokens a second: of a prompt, and of what is decoded after it.
 ///
 /// Each run starts from an empty sequence; the prompt's tokens are pseudo-random, and what follows is greedy. One unmeasured
-/// run comes first.
+/// run comes first. Unless --batch-tokens says otherwise, up to 512 tokens of the prompt are one batch.
 #[derive(Args, Debug)]
 pub(crate) struct BenchDecode {
     #[command(flatten)]
@@ -63,6 +63,9 @@ impl BenchDecode {
             return Err(Usage("--batch says how many sequences there are".into()).into());
         }
         decode.sequences = self.batch;
+        decode
+            .batch_tokens
+            .get_or_insert(self.prompt.min(PROMPT_CHUNK).max(self.batch));
         let positions = self.prompt.saturating_add(self.n);
         decode.context = Some(decode.context.unwrap_or(positions));
         let mut loaded = decoding::load(opened, &self.device, decode)?;
@@ -237,6 +240,9 @@ impl BenchDecode {
         Ok(Profile::of(&steps))
     }
 }
+
+/// Tokens of a prompt that are one batch: enough to fill the largest devices.
+const PROMPT_CHUNK: u32 = 512;
 
 /// Steps that a profile takes the median of, at most.
 const PROFILED_STEPS: u32 = 64;

@@ -1,5 +1,5 @@
-//! Attention of many tokens that follow each other: `attention_rows_*` in `kernels/prefill.cu`. The bits are those of the
-//! kernel for single tokens, since every sum has the one order of the contract.
+//! Attention: of single tokens, `attention_f16` and `attention_f32` in `kernels/decode.cu`; of many tokens that follow each
+//! other, `attention_rows_*` in `kernels/prefill.cu`. The bits are the same, since every sum has the one order of the contract.
 
 use hoist_backend::{KvDtype, Result, TokenRow};
 
@@ -12,6 +12,51 @@ use crate::modules::{Function, Launch, Modules};
 /// Query heads of tokens that a block of attention takes at once, and the widest heads.
 const QUERY_ROWS: u32 = 64;
 const MOST_ELEMENTS: u32 = 128;
+
+/// Query heads of one key/value head that a block of attention of single tokens takes at once, as in `kernels/decode.cu`.
+const HEADS: u32 = 4;
+/// Shared memory that a block has without asking.
+const PLAIN_SHARED: u32 = 48 << 10;
+/// The most elements of a head: its queries and the weights of a split are in shared memory in any case.
+pub(super) const WIDEST_HEAD: u32 = (PLAIN_SHARED / 4 - HEADS * SPLIT - 8 * HEADS) / HEADS / 8 * 8;
+
+/// Attention of single tokens, a block for each split.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AttentionSplits {
+    shared: u32,
+    /// Whether there is shared memory for the values of a split.
+    pub(super) staged: bool,
+}
+
+impl AttentionSplits {
+    /// Of a cache whose heads are at most [`WIDEST_HEAD`].
+    pub(super) fn new(function: &Function, device: &Device, cache: &CacheLayer, kv: KvDtype) -> Result<Self> {
+        // Queries, weights, the maxima of eight warps; then values.
+        let least = (HEADS * cache.padded + HEADS * SPLIT + 8 * HEADS) * 4;
+        let values = u64::from(SPLIT) * u64::from(cache.padded) * kv.bytes();
+        let with_values = u32::try_from(values).ok().and_then(|n| n.checked_add(least));
+        match with_values.filter(|n| *n <= device.shared_memory_optin) {
+            Some(shared) => {
+                function.allow_shared(shared)?;
+                Ok(Self { shared, staged: true })
+            }
+            None => Ok(Self {
+                shared: least,
+                staged: false,
+            }),
+        }
+    }
+
+    /// The launch for so many tokens.
+    pub(super) fn launch(&self, splits: u32, cache: &CacheLayer, heads: u32, tokens: u32) -> Launch {
+        let groups = (heads / cache.kv_heads).div_ceil(HEADS);
+        Launch {
+            grid: (splits, cache.kv_heads * groups, tokens),
+            shared: self.shared,
+            ..Launch::linear(1, SPLIT)
+        }
+    }
+}
 
 /// Attention that reads keys and values once for many tokens: `attention_rows_*` in `kernels/prefill.cu`.
 #[derive(Debug)]
@@ -135,13 +180,21 @@ mod tests {
         runs: Vec<(u32, u32, u32)>,
     }
 
-    /// Merged outputs of one of the two kernels.
+    /// Tokens one by one, their values from memory or in shared memory; or together.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Way {
+        Direct,
+        Staged,
+        AtOnce,
+    }
+
+    /// Merged outputs of one of the kernels.
     fn attended(
         context: &Arc<Context>,
         modules: &Modules,
         stream: &Stream,
         case: &Case,
-        at_once: bool,
+        way: Way,
     ) -> Vec<u32> {
         let Case {
             head_dim,
@@ -219,13 +272,15 @@ mod tests {
             cap: case.cap,
             capped: u32::from(case.cap > 0.0),
             tokens,
+            staged: (way == Way::Staged).into(),
+            unused: 0,
         };
         let run = |function: &Function, launch: Launch| {
             // SAFETY: the kernels take that struct, whose buffers are as long as it says.
             unsafe { function.launch(stream, launch, &mut arguments![params]) }.unwrap();
         };
         let device = &context.device;
-        if at_once {
+        if way == Way::AtOnce {
             let rows = AttentionRows::new(modules, device, &layer, heads, kv)
                 .unwrap()
                 .unwrap();
@@ -233,15 +288,13 @@ mod tests {
             run(function, launch);
         } else {
             let kernel = if f16 { "attention_f16" } else { "attention_f32" };
-            let launch = Launch {
-                grid: (splits, kv_heads * (heads / kv_heads).div_ceil(4), tokens),
-                shared: (4 * head_dim + 4 * SPLIT + 16) * 4,
-                ..Launch::linear(1, 256)
-            };
-            run(&modules.function("decode", kernel).unwrap(), launch);
+            let function = modules.function("decode", kernel).unwrap();
+            let splits_alone = AttentionSplits::new(&function, device, &layer, kv).unwrap();
+            assert!(splits_alone.staged);
+            run(&function, splits_alone.launch(splits, &layer, heads, tokens));
         }
         let launch = Launch {
-            grid: (heads, tokens, 1),
+            grid: (heads.div_ceil(4), tokens, 1),
             ..Launch::linear(1, 128)
         };
         run(&modules.function("decode", "attention_merge").unwrap(), launch);
@@ -288,10 +341,12 @@ mod tests {
             },
         ];
         for (number, case) in cases.iter().enumerate() {
-            let one = attended(&context, &modules, &stream, case, false);
-            let all = attended(&context, &modules, &stream, case, true);
-            let wrong = one.iter().zip(&all).position(|(a, b)| a != b);
-            assert_eq!(wrong, None, "case {number}");
+            let one = attended(&context, &modules, &stream, case, Way::Direct);
+            for way in [Way::Staged, Way::AtOnce] {
+                let all = attended(&context, &modules, &stream, case, way);
+                let wrong = one.iter().zip(&all).position(|(a, b)| a != b);
+                assert_eq!(wrong, None, "case {number}");
+            }
             assert!(one.iter().any(|x| *x != 0));
         }
     }

@@ -192,6 +192,8 @@ pub(super) struct Attention {
     pub(super) cap: f32,
     pub(super) capped: u32,
     pub(super) tokens: u32,
+    pub(super) staged: u32,
+    pub(super) unused: u32,
 }
 
 #[repr(C)]
@@ -266,7 +268,7 @@ mod tests {
         assert_eq!(size_of::<Rope>(), 40);
         assert_eq!(size_of::<CacheLayer>(), 24);
         assert_eq!(size_of::<Store>(), 64);
-        assert_eq!(size_of::<Attention>(), 96);
+        assert_eq!(size_of::<Attention>(), 104);
         assert_eq!(size_of::<Elements>(), 40);
         assert_eq!(size_of::<Router>(), 40);
         assert_eq!(size_of::<WeightedSum>(), 40);

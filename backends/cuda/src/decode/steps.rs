@@ -7,10 +7,10 @@ use hoist_backend::{
     Table, UnsupportedWhat, WeightClass, WeightId,
 };
 
-use super::attention::{self, AttentionRows};
+use super::attention::{self, AttentionRows, AttentionSplits};
 use super::fused::{self, Fused};
 use super::params::{
-    ArgMax, Attention, CacheLayer, Elements, Embed, FloatMatMul, Gated, Gather, MatMul, Norm, Normed,
+    ArgMax, Attention, Elements, Embed, FloatMatMul, Gated, Gather, MatMul, Norm, Normed,
     Quantise, Rope, Router, Store, Tiled, WeightedSum,
 };
 use super::prefill::{self, Held, Packed, Product};
@@ -20,8 +20,6 @@ use super::{DeviceWeight, kernels};
 use crate::driver::{Device, Stream};
 use crate::modules::{Function, Launch, Modules};
 
-/// Query heads that a block of attention takes at once, as in `kernels/decode.cu`.
-const HEADS: u32 = 4;
 /// Blocks of an elementwise kernel, each of which takes as many elements as there are.
 const ELEMENT_BLOCKS: u64 = 2048;
 /// The largest second and third dimension of a grid.
@@ -77,6 +75,8 @@ struct Launchable {
     matrix: Option<Matrix>,
     /// Of a product, the kernels for many tokens.
     tiled: Option<Product>,
+    /// Of attention, the kernel for single tokens.
+    splits: Option<AttentionSplits>,
     /// Of attention, the kernel for many tokens that follow each other.
     rows_at_once: Option<AttentionRows>,
     /// Bias of a matmul, weight of a norm.
@@ -157,11 +157,6 @@ fn grid(x: u32, y: u32, z: u32, threads: u32, shared: u32) -> Launch {
     }
 }
 
-/// Bytes of shared memory of the attention kernel.
-fn attention_shared(cache: &CacheLayer) -> u32 {
-    (HEADS * cache.padded + HEADS * SPLIT + 16) * 4
-}
-
 impl Prepared {
     /// Looks up every kernel and address; the workspace is the one that the program will run in.
     pub(super) fn new<'w>(
@@ -183,6 +178,7 @@ impl Prepared {
                     second: None,
                     matrix: None,
                     tiled: None,
+                    splits: None,
                     rows_at_once: None,
                     vector: 0,
                     bias: 0,
@@ -196,6 +192,7 @@ impl Prepared {
                     function: modules.function(file, kernel)?,
                     second: None,
                     tiled: None,
+                    splits: None,
                     rows_at_once: None,
                     matrix: Some(Matrix::new(&weight)?),
                     vector: bias.map(at).transpose()?.map_or(0, |b| b.ptr),
@@ -252,16 +249,24 @@ impl Prepared {
                 StepKind::StoreKv { .. } => plain(if f16 { "store_kv_f16" } else { "store_kv_f32" })?,
                 StepKind::Attention { heads, layer, .. } => {
                     Self::check_attention(work, *heads, *layer)?;
+                    let cache = &work.cache[*layer];
+                    let one = plain(if f16 { "attention_f16" } else { "attention_f32" })?;
                     Launchable {
+                        splits: Some(AttentionSplits::new(
+                            &one.function,
+                            device,
+                            cache,
+                            work.dims.capacity.kv,
+                        )?),
                         rows_at_once: AttentionRows::new(
                             modules,
                             device,
-                            &work.cache[*layer],
+                            cache,
                             *heads as u32,
                             work.dims.capacity.kv,
                         )?,
                         second: Some(decode("attention_merge")?),
-                        ..plain(if f16 { "attention_f16" } else { "attention_f32" })?
+                        ..one
                     }
                 }
                 StepKind::Activation { kind, .. } => plain(match kind {
@@ -320,12 +325,10 @@ impl Prepared {
 
     fn check_attention(work: &Workspace, heads: usize, layer: usize) -> Result<()> {
         let cache = &work.cache[layer];
-        let shared = u64::from(cache.padded) * u64::from(HEADS) * 4 + u64::from(HEADS * SPLIT + 16) * 4;
-        const SHARED_LIMIT: u64 = 48 << 10;
-        if shared > SHARED_LIMIT {
+        if cache.padded > attention::WIDEST_HEAD {
             return Err(limit(
                 "head dimension",
-                (SHARED_LIMIT as u32) / (HEADS * 4) - SPLIT - 4,
+                attention::WIDEST_HEAD,
                 cache.head_dim.into(),
             ));
         }
@@ -499,9 +502,8 @@ impl Prepared {
                 layer,
             } => {
                 let cache = work.cache[layer];
-                let group = heads as u32 / cache.kv_heads;
-                let Some(merge) = &l.second else {
-                    return Err(Error::internal(crate::NAME, "attention without its merge"));
+                let (Some(merge), Some(single)) = (&l.second, &l.splits) else {
+                    return Err(Error::internal(crate::NAME, "attention without its kernels"));
                 };
                 for first_token in (0..tokens).step_by(work.attention_tokens as usize) {
                     let n = work.attention_tokens.min(tokens - first_token);
@@ -520,17 +522,19 @@ impl Prepared {
                         cap: soft_cap.unwrap_or(0.0),
                         capped: soft_cap.is_some().into(),
                         tokens: n,
+                        staged: single.staged.into(),
+                        unused: 0,
                     };
+                    // A warp a head, four of them a block.
+                    let merging = grid((heads as u32).div_ceil(4), n, 1, 128, 0);
                     if let Some(rows) = l.rows_at_once.as_ref().filter(|r| r.suits(tokens, on.runs)) {
                         let (function, launch) = rows.launch(on.splits, cache.kv_heads, n);
                         on.run(function, launch, &params)?;
-                        on.run(merge, grid(heads as u32, n, 1, 128, 0), &params)?;
-                        continue;
+                    } else {
+                        let launch = single.launch(on.splits, &cache, heads as u32, n);
+                        on.run(&l.function, launch, &params)?;
                     }
-                    let blocks = cache.kv_heads * group.div_ceil(HEADS);
-                    let launch = grid(on.splits, blocks, n, SPLIT, attention_shared(&cache));
-                    on.run(&l.function, launch, &params)?;
-                    on.run(merge, grid(heads as u32, n, 1, 128, 0), &params)?;
+                    on.run(merge, merging, &params)?;
                 }
                 Ok(())
             }
