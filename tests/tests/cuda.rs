@@ -48,6 +48,20 @@ const TESTS: &[Test] = &[
         failing_calls,
     ),
     ("a_device_lost_at_any_launch_is_a_typed_error", lost),
+    (
+        "a_second_backend_makes_no_context_and_no_equipment",
+        second_backend,
+    ),
+    ("backends_of_a_process_share_one_context", two_share),
+    (
+        "a_lost_context_is_replaced_once_nobody_holds_it",
+        lost_while_shared,
+    ),
+    (
+        "a_context_lost_behind_its_back_is_replaced_on_opening",
+        lost_unseen,
+    ),
+    ("equipment_is_used_again_after_loads_that_failed", equipment_again),
     ("memory_that_does_not_suffice_is_a_typed_error", short_memory),
     ("refused_tokens_leave_a_session_as_it_was", refused_tokens),
     ("suite_device", || {
@@ -120,9 +134,9 @@ fn main() {
                 if missing {
                     return Err("no emulated device".into());
                 }
-                emulator().configure("");
+                configure("");
                 let outcome = test();
-                emulator().configure("");
+                configure("");
                 outcome
             })
             .with_ignored_flag(missing && !in_ci || !exhaustive() && TOO_LONG.contains(name))
@@ -135,11 +149,18 @@ fn emulator() -> &'static Emulator {
     hoist_cuda_emulator::load().expect("an emulated device")
 }
 
+/// Changes the device's settings, and counts anew. What was kept of the old device goes first.
+fn configure(settings: &str) {
+    hoist_cuda::release_unused();
+    emulator().configure(settings);
+}
+
 fn exhaustive() -> bool {
     std::env::var_os("HOIST_CUDA_EXHAUSTIVE").is_some()
 }
 
-/// What is alive on the device; all of it is to be given back by the end of a test.
+/// What is alive on the device; all of it is to be given back by the end of a test, but for what the process keeps for the next
+/// backend.
 fn alive(report: &Report) -> BTreeMap<&str, u64> {
     [
         "allocations",
@@ -159,8 +180,9 @@ fn alive(report: &Report) -> BTreeMap<&str, u64> {
     .collect()
 }
 
-/// What is alive once threads that were on their way out have ended.
+/// What is alive once threads that were on their way out have ended, and nothing is kept any more.
 fn settled() -> Report {
+    hoist_cuda::release_unused();
     let mut report = emulator().report();
     for _ in 0..100 {
         if alive(&report).is_empty() {
@@ -173,9 +195,27 @@ fn settled() -> Report {
 }
 
 fn nothing_is_left(after: &str) {
+    hoist_cuda::release_unused();
+    nothing_is_kept(after);
+}
+
+/// As [`nothing_is_left`], where nothing is to be kept either.
+fn nothing_is_kept(after: &str) {
     let report = emulator().report();
     let alive = alive(&report);
     assert!(alive.is_empty(), "left after {after}: {alive:?}");
+}
+
+/// How often a call was made since the device was last configured.
+fn calls(name: &str) -> u64 {
+    emulator().report().count(&format!("calls.{name}"))
+}
+
+/// How many calls were made since then.
+fn all_calls() -> u64 {
+    let report = emulator().report();
+    let calls = report.counts.iter().filter(|(k, _)| k.starts_with("calls."));
+    calls.map(|(_, n)| n).sum()
 }
 
 // ---- models ----
@@ -483,7 +523,7 @@ fn one_launch() -> Outcome {
             let expected = logits(cpu(), &path, tokens, how)?;
             for seed in 0..seeds {
                 for slots in [16, 37] {
-                    emulator().configure(&format!("seed={seed};multiprocessors={}", 1 + (seed + 1) % 3));
+                    configure(&format!("seed={seed};multiprocessors={}", 1 + (seed + 1) % 3));
                     let mut backend = CudaBackend::open(0, &self::options())?;
                     backend.decode_in_one_launch(Some(slots));
                     let what = format!("{shape} {mix} seed {seed} slots {slots}");
@@ -649,10 +689,10 @@ const RELEASES: &[&str] = &["Destroy", "Free", "Unload", "Unregister", "SetCurre
 fn failing_calls() -> Outcome {
     let folder = tempfile::tempdir()?;
     let path = synthetic("tiny-llama", "q4_k_m", folder.path());
-    emulator().configure("delays=0");
+    configure("delays=0");
     let expected = whole_session(&path, true)?;
-    let calls = emulator().report();
     nothing_is_left("a session");
+    let calls = emulator().report();
     let (mut asked, mut left) = (0, Vec::new());
     for (call, times) in calls
         .counts
@@ -672,7 +712,7 @@ fn failing_calls() -> Outcome {
         for n in which {
             for (code, name) in [(2, "out of memory"), (719, "lost")] {
                 asked += 1;
-                emulator().configure(&format!("delays=0;fail={call}:{n}:{code}"));
+                configure(&format!("delays=0;fail={call}:{n}:{code}"));
                 let what = format!("{call}, time {n}, {name}");
                 match whole_session(&path, true) {
                     // Some failures have a way around: memory that is not locked, something not given back.
@@ -705,13 +745,13 @@ fn lost() -> Outcome {
     let folder = tempfile::tempdir()?;
     let path = synthetic("tiny-llama", "q4_k_m", folder.path());
     for one_launch in [false, true] {
-        emulator().configure("delays=0");
+        configure("delays=0");
         let expected = whole_session(&path, one_launch)?;
         let launches = emulator().report().count("launches");
         let step = if exhaustive() { 1 } else { launches / 6 + 1 };
         for n in (1..=launches).step_by(step as usize) {
             for code in [719, 700, 214] {
-                emulator().configure(&format!("lost={n}:{code}"));
+                configure(&format!("lost={n}:{code}"));
                 match whole_session(&path, one_launch) {
                     Err(Error::DeviceLost { device, reason }) => {
                         assert_eq!(device, "cuda:0");
@@ -719,16 +759,16 @@ fn lost() -> Outcome {
                     }
                     other => panic!("lost at launch {n}: {other:?}"),
                 }
-                nothing_is_left(&format!("a loss at launch {n}"));
+                nothing_is_kept(&format!("a loss at launch {n}"));
             }
         }
         // The device is as good as new for the next session.
-        emulator().configure("");
+        configure("");
         assert!(whole_session(&path, one_launch)? == expected, "after a loss");
     }
     // A session that lost its device says so from then on.
     let how = How { chunk: 1, ..DEFAULT };
-    emulator().configure("");
+    configure("");
     with_decoder(cuda(), &path, how, |decoder, vocab| {
         let before = step(decoder, 5, vocab).unwrap();
         emulator().configure("lost=3");
@@ -739,7 +779,7 @@ fn lost() -> Outcome {
             }
         }
     });
-    nothing_is_left("a lost session");
+    nothing_is_kept("a lost session");
     Ok(())
 }
 
@@ -772,6 +812,274 @@ fn step(decoder: &mut dyn DecodeBackend, token: u32, vocab: usize) -> Result<Vec
     Ok(logits.iter().map(|y| y.to_bits()).collect())
 }
 
+// ---- what the backends of a process share ----
+
+/// Weights of a session that has only loaded.
+fn load_only(path: &Path, watch: &dyn LoadWatch) -> std::result::Result<LoadedModel, orchestrator::Error> {
+    let options = SessionOptions {
+        decode: None,
+        verify: false,
+        import: false,
+        watch,
+    };
+    OpenedModel::open(path)?.load(cuda(), &options)
+}
+
+fn second_backend() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let path = synthetic("tiny-llama", "q4_k_m", folder.path());
+    configure("");
+    let expected = whole_session(&path, false)?;
+    let first = all_calls();
+    assert_eq!(calls("cuDevicePrimaryCtxRetain"), 1);
+    assert!(calls("cuModuleLoadData") > 3 && calls("cuMemHostRegister_v2") > 2);
+    // Opened and dropped: nothing but a stream.
+    emulator().configure("");
+    drop(cuda());
+    let report = emulator().report();
+    let made = [
+        "cuDevicePrimaryCtxRetain",
+        "cuDeviceGetAttribute",
+        "cuModuleLoadData",
+        "cuModuleGetFunction",
+        "cuEventCreate",
+        "cuMemAlloc_v2",
+        "cuMemHostAlloc",
+        "cuMemHostRegister_v2",
+        "cuMemHostUnregister",
+    ];
+    for call in made {
+        assert_eq!(calls(call), 0, "{call}: {report:?}");
+    }
+    assert_eq!(calls("cuStreamCreateWithPriority"), 1, "{report:?}");
+    println!("{} calls to open and drop, of {first} for a session", all_calls());
+    assert!(all_calls() <= 12, "{report:?}");
+    // A whole session: its weights and workspace, and nothing that the first one had made for good.
+    emulator().configure("");
+    assert!(whole_session(&path, false)? == expected, "the second session");
+    for call in [
+        "cuDevicePrimaryCtxRetain",
+        "cuModuleLoadData",
+        "cuModuleGetFunction",
+        "cuFuncSetAttribute",
+        "cuMemHostRegister_v2",
+        "cuMemHostUnregister",
+    ] {
+        assert_eq!(calls(call), 0, "{call}");
+    }
+    // Its own, and its workspace's.
+    assert_eq!(calls("cuStreamCreateWithPriority"), 2);
+    // A load with another number of threads has equipment of its own, and only one set is kept.
+    let locked = emulator().report().count("page_locked_bytes");
+    let four = OpenOptions {
+        threads: Some(4),
+        ..OpenOptions::default()
+    };
+    let session = SessionOptions {
+        decode: None,
+        verify: true,
+        import: false,
+        watch: &Unwatched,
+    };
+    let backend = CudaBackend::open(0, &four)?;
+    drop(OpenedModel::open(&path)?.load(Box::new(backend), &session)?);
+    let other = emulator().report().count("page_locked_bytes");
+    // Lanes of two and of four readers, and one more of each.
+    assert!(
+        locked > 0 && other * 3 == locked * 5,
+        "{locked} and {other} bytes"
+    );
+    nothing_is_left("a second session");
+    Ok(())
+}
+
+/// Two at once, one of whose kernels needs less shared memory than the other's.
+fn two_share() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let path = synthetic("tiny-llama", "q4_k_m", folder.path());
+    let how = How { chunk: 1, ..DEFAULT };
+    let expected = logits(cpu(), &path, &TOKENS[..4], how)?;
+    configure("");
+    let session = |slots| {
+        let mut backend = CudaBackend::open(0, &options()).unwrap();
+        backend.decode_in_one_launch(slots);
+        OpenedModel::open(&path).and_then(|model| model.load(Box::new(backend), &how.session()))
+    };
+    let (mut wide, mut narrow) = (session(None)?, session(Some(16))?);
+    let report = emulator().report();
+    assert_eq!(report.count("contexts"), 1);
+    let modules = report.count("modules");
+    let vocab = vocabulary(&wide);
+    let (wide_decoder, narrow_decoder) = (wide.prepare()?, narrow.prepare()?);
+    let (mut of_wide, mut of_narrow) = (Vec::new(), Vec::new());
+    for token in &TOKENS[..4] {
+        of_wide.extend(step(wide_decoder, *token, vocab)?);
+        of_narrow.extend(step(narrow_decoder, *token, vocab)?);
+    }
+    same("the wide one", how, &of_wide, &expected);
+    same("the narrow one", how, &of_narrow, &expected);
+    let report = emulator().report();
+    assert_eq!(report.count("calls.cuDevicePrimaryCtxRetain"), 1);
+    // Every file of kernels once, however many use it.
+    assert_eq!(report.count("modules"), report.count("calls.cuModuleLoadData"));
+    assert!(report.count("modules") >= modules);
+    // What one gives back is not the other's.
+    drop(wide);
+    let more = step(narrow.prepare()?, TOKENS[0], vocab)?;
+    assert!(more == expected[..vocab], "after the other one has gone");
+    assert_eq!(hoist_cuda::release_unused(), 0, "a context in use was given up");
+    drop(narrow);
+    assert_eq!(hoist_cuda::release_unused(), 1);
+    nothing_is_kept("two that shared");
+    // Opened by many threads at once, it is made once.
+    configure("");
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| drop(cuda()));
+        }
+    });
+    assert_eq!(calls("cuDevicePrimaryCtxRetain"), 1);
+    nothing_is_left("eight at once");
+    Ok(())
+}
+
+fn lost_while_shared() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let path = synthetic("tiny-llama", "q4_k_m", folder.path());
+    configure("");
+    let how = How { chunk: 1, ..DEFAULT };
+    let opened = || OpenedModel::open(&path).and_then(|model| model.load(cuda(), &how.session()));
+    let (mut first, mut second) = (opened()?, opened()?);
+    let vocab = vocabulary(&first);
+    let expected = step(first.prepare()?, 5, vocab)?;
+    let is_lost = |outcome: Result<Vec<u32>>, whose: &str| {
+        assert!(
+            matches!(outcome, Err(Error::DeviceLost { .. })),
+            "{whose}: {outcome:?}"
+        );
+    };
+    emulator().configure("lost=3");
+    is_lost(step(first.prepare()?, 5, vocab), "the one that lost it");
+    // It was the other's too.
+    let prepared = second.prepare().map(|_| ()).map_err(typed);
+    assert!(matches!(prepared, Err(Error::DeviceLost { .. })), "{prepared:?}");
+    // The driver has no other as long as somebody holds it.
+    let another = CudaBackend::open(0, &options()).map(|_| ());
+    assert!(matches!(another, Err(Error::DeviceLost { .. })), "{another:?}");
+    drop(first);
+    let another = CudaBackend::open(0, &options()).map(|_| ());
+    assert!(matches!(another, Err(Error::DeviceLost { .. })), "{another:?}");
+    let memory = second.backend.memory().map(|_| ());
+    assert!(matches!(memory, Err(Error::DeviceLost { .. })), "{memory:?}");
+    drop(second);
+    nothing_is_kept("a loss");
+    emulator().configure("");
+    assert!(step(opened()?.prepare()?, 5, vocab)? == expected, "after a loss");
+    assert_eq!(calls("cuDevicePrimaryCtxRetain"), 1);
+    nothing_is_left("after a loss");
+    Ok(())
+}
+
+/// The context is lost while no backend is open, or by a call whose error nobody is told.
+fn lost_unseen() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let path = synthetic("tiny-llama", "q4_k_m", folder.path());
+    configure("");
+    let expected = whole_session(&path, false)?;
+    for settings in [
+        // Asked when it is opened again, and when its stream is made.
+        "fail=cuMemGetInfo_v2:1:719",
+        "fail=cuStreamCreateWithPriority:1:700",
+        // By what was given back.
+        "fail=cuStreamDestroy_v2:1:719",
+    ] {
+        drop(cuda());
+        emulator().configure(settings);
+        drop(cuda());
+        assert!(whole_session(&path, false)? == expected, "{settings}");
+        assert_eq!(calls("cuDevicePrimaryCtxRetain"), 1, "{settings}");
+        nothing_is_left(settings);
+    }
+    Ok(())
+}
+
+/// Stops a load once some bytes have arrived.
+struct StopAt(u64, std::sync::atomic::AtomicBool);
+
+impl LoadWatch for StopAt {
+    fn progress(&self, progress: Progress) {
+        if progress.done >= self.0 {
+            self.1.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        self.1.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}
+
+fn equipment_again() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let (small, other) = (
+        synthetic("tiny-llama", "q4_k_m", folder.path()),
+        synthetic("tiny-gpt2", "q8_0", folder.path()),
+    );
+    // Many chunks, so that copies are under way when the load is stopped.
+    let shape = hoist_synth::ModelShape {
+        n_ff: 16384,
+        ..*hoist_synth::shape("tiny-llama").expect("a shape")
+    };
+    let large = folder.path().join("large.gguf");
+    let options = hoist_synth::Options {
+        shape: &shape,
+        mix: hoist_synth::Mix::from_name("f32").expect("a mix"),
+        container: hoist_synth::Container::Gguf,
+        seed: 5,
+    };
+    hoist_synth::write(options, &large, &|_, _| {})?;
+    let total = std::fs::metadata(&large)?.len();
+    assert!(total > 64 << 20, "{total} bytes");
+    let verified = |path: &Path, seed: u64| {
+        let session = SessionOptions {
+            decode: None,
+            verify: true,
+            import: false,
+            watch: &Unwatched,
+        };
+        OpenedModel::open(path)
+            .and_then(|model| model.load(cuda(), &session))
+            .unwrap_or_else(|e| panic!("{} with seed {seed}: {e}", path.display()));
+    };
+    configure("");
+    verified(&small, 0);
+    let mut stopped = 0;
+    for seed in 0..if exhaustive() { 50 } else { 4 } {
+        emulator().configure(&format!("seed={seed}"));
+        // Cancelled somewhere; the next load reads other bytes to the same slots at once.
+        let watch = StopAt(total / 5 * (seed % 5), false.into());
+        match load_only(&large, &watch).map(|_| ()).map_err(typed) {
+            Err(Error::Cancelled) => stopped += 1,
+            Ok(()) => {}
+            Err(other) => panic!("seed {seed}: {other}"),
+        }
+        verified(&other, seed);
+        // A launch that is refused, for no lasting reason, in the middle of a load.
+        emulator().configure(&format!("seed={seed};fail=cuLaunchKernelEx:1:701"));
+        match load_only(&small, &Unwatched).map(|_| ()).map_err(typed) {
+            Err(Error::Internal { .. }) => {}
+            other => panic!("seed {seed}: {other:?}"),
+        }
+        verified(&large, seed);
+        let report = emulator().report();
+        assert_eq!(report.count("calls.cuMemHostRegister_v2"), 0, "seed {seed}");
+        assert_eq!(report.count("calls.cuMemHostUnregister"), 0, "seed {seed}");
+        assert_eq!(report.count("calls.cuDevicePrimaryCtxRetain"), 0, "seed {seed}");
+    }
+    assert!(stopped > 0, "no load was cancelled before its end");
+    nothing_is_left("loads that failed");
+    Ok(())
+}
+
 fn short_memory() -> Outcome {
     let folder = tempfile::tempdir()?;
     let path = synthetic("tiny-llama", "q4_k_m", folder.path());
@@ -779,7 +1087,7 @@ fn short_memory() -> Outcome {
     let mut seen = Vec::new();
     let mut loads = 0;
     for mebibytes in [32, 64, 65, 66, 68, 72, 80, 96, 128, 256, 512] {
-        emulator().configure(&format!("memory={mebibytes}MiB"));
+        configure(&format!("memory={mebibytes}MiB"));
         match whole_session(&path, false) {
             Ok(_) => loads += 1,
             Err(Error::OutOfMemory { what, needed, .. }) => {
@@ -794,7 +1102,7 @@ fn short_memory() -> Outcome {
     println!("{seen:?}");
     assert!(seen.len() >= 3 && loads >= 2, "{seen:?}, {loads} loads");
     // Keys and values alone: the weights fit, their context does not.
-    emulator().configure("memory=256MiB");
+    configure("memory=256MiB");
     let many = How {
         kv: KvDtype::F32,
         prompt: 0,
@@ -813,7 +1121,7 @@ fn short_memory() -> Outcome {
     // Page-locked memory: a load does without, decoding says so.
     let mut outcomes = BTreeMap::new();
     for limit in ["0", "1KiB", "20MiB", "1GiB"] {
-        emulator().configure(&format!("pinned={limit}"));
+        configure(&format!("pinned={limit}"));
         let outcome = match whole_session(&path, false) {
             Ok(_) => "decodes",
             Err(Error::OutOfMemory { device, .. }) => {
@@ -898,7 +1206,7 @@ impl Target for Emulated {
 
 /// Asks every case that matches one of `filters`.
 fn conforms(filters: &[&str]) -> Outcome {
-    emulator().configure("delays=0");
+    configure("delays=0");
     let profile = Profile::built_in("full")
         .map_err(|e| e.to_string())?
         .ok_or("no profile `full`")?;

@@ -12,12 +12,12 @@ use hoist_backend::{
 
 use crate::decode::{self, DeviceWeight, Engine, OneLaunch};
 use crate::digest::Hasher;
-use crate::driver::{self, Context, DeviceBuffer, Stream};
+use crate::driver::{self, DeviceBuffer, Stream};
 use crate::layout::{Finisher, Mover, transposing_pieces};
-use crate::load::{self, Equipment, Preparation};
+use crate::load::{self, Equipment, Job, Preparation};
 use crate::measure;
-use crate::modules::Modules;
 use crate::residency::{EXPONENT_BYTES, INDEX_ENTRY_BYTES, Residency, SIZING};
+use crate::shared::{Acquired, SharedDevice};
 
 /// Bytes of a pushed chunk of a transposed weight that are on the device at a time, and of canonical bytes made at a time
 /// for reading back.
@@ -64,18 +64,18 @@ impl<T> Drop for Aside<T> {
     }
 }
 
-/// Makes what a load needs beside what the caller does meanwhile; `None` if there can be no thread for it.
-fn equip(
-    context: &Arc<Context>,
-    modules: &Arc<Modules>,
-    preparation: Option<Preparation>,
-    threads: Option<u32>,
-    pin_limit: Option<usize>,
-) -> Option<Aside<Result<Equipment>>> {
-    let (context, modules) = (Arc::clone(context), Arc::clone(modules));
+/// Makes what a load needs beside what the caller does meanwhile, for whoever loads first; `None` if there can be no thread
+/// for it.
+fn equip(device: &Arc<SharedDevice>, prepared: Preparation, shape: load::Shape) -> Option<Aside<()>> {
+    let device = Arc::clone(device);
     std::thread::Builder::new()
         .name("hoist-equip".into())
-        .spawn(move || Equipment::new(&context, &modules, preparation, threads, pin_limit))
+        .spawn(move || {
+            // What goes wrong here goes wrong again in a load, and says so.
+            if let Ok(equipment) = Equipment::new(&device.context, &device.modules, Some(prepared), shape) {
+                device.keep_equipment(equipment);
+            }
+        })
         .ok()
         .map(|thread| Aside(Some(thread)))
 }
@@ -96,9 +96,9 @@ pub struct CudaBackend {
     pub(crate) device_index: Option<DeviceBuffer>,
     pub(crate) workspace_bytes: WorkspaceBytes,
     pub(crate) engine: Option<Engine>,
-    /// What the next load needs, made by a thread while headers are read.
-    equipment: Option<Aside<Result<Equipment>>>,
-    /// Gives back what the last load needed.
+    /// Makes what the first load of a new context needs, while headers are read.
+    equipping: Option<Aside<()>>,
+    /// Gives back what the last load needed, and the next one does not.
     clearing: Option<Aside<()>>,
     /// Bytes past which the driver is made to refuse page locking.
     pin_limit: Option<usize>,
@@ -106,45 +106,64 @@ pub struct CudaBackend {
     hasher: Hasher,
     mover: Mover,
     // Handles last: they must outlive what is made of them.
-    pub(crate) stream: Stream,
-    pub(crate) modules: Arc<Modules>,
-    pub(crate) context: Arc<Context>,
+    stream: Stream,
+    device: Arc<SharedDevice>,
 }
 
 impl CudaBackend {
-    /// Opens a device.
+    /// Opens a device. The first backend of a process makes its context; later ones share it, each with a stream and memory
+    /// of its own.
     ///
     /// # Errors
-    /// [`Error::Unavailable`]; [`Error::Unsupported`] for `import` and `force_scalar`; [`Error::InvalidArgument`] for 0
-    /// threads or a value of `HOIST_CUDA_ONE_LAUNCH` that is neither 0 nor 1.
+    /// [`Error::Unavailable`]; [`Error::Unsupported`] for `import`; [`Error::InvalidArgument`] for 0 threads or a value of
+    /// `HOIST_CUDA_ONE_LAUNCH` that is neither 0 nor 1; [`Error::DeviceLost`] while another backend holds the device's lost
+    /// context.
     pub fn open(ordinal: u32, options: &OpenOptions) -> Result<Self> {
-        let refuse = |what: &str| Error::Unsupported {
-            backend: crate::NAME.into(),
-            what: UnsupportedWhat::Other(what.into()),
-        };
         if options.import {
-            return Err(refuse("mapping weights from files instead of copying them"));
-        }
-        if options.force_scalar {
-            return Err(refuse("scalar code: it has none"));
+            return Err(Error::Unsupported {
+                backend: crate::NAME.into(),
+                what: UnsupportedWhat::Other("mapping weights from files instead of copying them".into()),
+            });
         }
         if options.threads == Some(0) {
             return Err(Error::invalid("threads", "at least 1", 0));
         }
         let one_launch = OneLaunch::from_environment()?;
-        // Before there is a context, which takes a third of a second.
         driver::probe()?;
-        let preparation = Preparation::start(options.threads);
-        let context = Context::open(ordinal)?;
-        let modules = Arc::new(Modules::new(&context));
-        let stream = Stream::new(&context)?;
-        let equipment = equip(&context, &modules, Some(preparation), options.threads, None);
-        let (hasher, mover) = (Hasher::new(&modules)?, Mover::new(&modules)?);
+        let shape = load::Shape::new(options.threads, None);
+        let acquire = || {
+            let mut prepared = None;
+            // Before there is a context, which takes a third of a second.
+            let Acquired { device, fresh } =
+                SharedDevice::acquire(ordinal, || prepared = Some(Preparation::start(shape)))?;
+            // Only now and then does a later load need another ring than is kept, and makes it then.
+            let equipping = prepared.and_then(|prepared| equip(&device, prepared, shape));
+            Ok::<_, Error>((device, equipping, fresh))
+        };
+        let (device, equipping, fresh) = acquire()?;
+        match Self::on(device, equipping, options, one_launch) {
+            // Lost while nobody looked: the context that was kept is not any more.
+            Err(Error::DeviceLost { .. }) if !fresh => {
+                let (device, equipping, _) = acquire()?;
+                Self::on(device, equipping, options, one_launch)
+            }
+            opened => opened,
+        }
+    }
+
+    fn on(
+        device: Arc<SharedDevice>,
+        equipping: Option<Aside<()>>,
+        options: &OpenOptions,
+        one_launch: OneLaunch,
+    ) -> Result<Self> {
+        let stream = Stream::new(&device.context)?;
+        let (hasher, mover) = (Hasher::new(&device.modules)?, Mover::new(&device.modules)?);
         let mut backend = Self {
             info: BackendInfo {
                 name: crate::NAME.into(),
-                device: context.id().into(),
-                device_name: context.device.name.clone(),
+                device: device.context.id().into(),
+                device_name: device.context.device.name.clone(),
                 numerics: NumericsClass::Exact,
                 stored: EncodingSet::weights(),
                 computed: EncodingSet::weights()
@@ -170,32 +189,27 @@ impl CudaBackend {
             device_index: None,
             workspace_bytes: WorkspaceBytes::default(),
             engine: None,
-            equipment,
+            equipping,
             clearing: None,
             pin_limit: None,
             one_launch,
             hasher,
             mover,
             stream,
-            modules,
-            context,
+            device,
         };
         backend.info.memory = backend.memory()?;
         Ok(backend)
     }
 
-    /// What a load needs: what was made ahead, or is made now.
+    /// What a load needs: what was made ahead or kept, or is made now.
     fn equipment(&mut self) -> Result<Equipment> {
-        match self.equipment.take().and_then(Aside::wait) {
-            Some(Ok(equipment)) => Ok(equipment),
-            // There was no thread, or what went wrong then goes wrong again and says so.
-            _ => Equipment::new(
-                &self.context,
-                &self.modules,
-                None,
-                self.options.threads,
-                self.pin_limit,
-            ),
+        // One that panicked has said so, and left nothing.
+        let _ = self.equipping.take().and_then(Aside::wait);
+        let shape = load::Shape::new(self.options.threads, self.pin_limit);
+        match self.device.take_equipment(shape) {
+            Some(equipment) => Ok(equipment),
+            None => Equipment::new(&self.device.context, &self.device.modules, None, shape),
         }
     }
 
@@ -224,7 +238,7 @@ impl CudaBackend {
     /// # Errors
     /// [`Error::OutOfMemory`] with numbers.
     pub(crate) fn admit(&self, what: &str, needed: u64) -> Result<()> {
-        let (free, _) = self.context.memory()?;
+        let (free, _) = self.device.context.memory()?;
         let budget = self.options.memory_budget;
         let left = budget.map(|b| b.saturating_sub(self.owned().total()));
         let available = left.map_or(free, |b| b.min(free));
@@ -246,7 +260,7 @@ impl CudaBackend {
         record: fn(&mut UploadLedger, WeightId, u64, u64) -> Result<()>,
     ) -> Result<()> {
         self.lifecycle.expect(call, State::Loading)?;
-        self.context.bind()?;
+        self.device.context.bind()?;
         let (Some(residency), Some(ledger)) = (&self.residency, &mut self.ledger) else {
             return Err(Error::internal(crate::NAME, "a load without weights"));
         };
@@ -259,7 +273,11 @@ impl CudaBackend {
             unsafe { self.stream.copy_htod(weight.ptr + chunk.offset, bytes)? };
             return self.stream.synchronize();
         }
-        let scratch = DeviceBuffer::new(&self.context, "a chunk", SCRATCH_BYTES + SCRATCH_TABLE_BYTES)?;
+        let scratch = DeviceBuffer::new(
+            &self.device.context,
+            "a chunk",
+            SCRATCH_BYTES + SCRATCH_TABLE_BYTES,
+        )?;
         for (i, part) in bytes.chunks(SCRATCH_BYTES as usize).enumerate() {
             let offset = chunk.offset + i as u64 * SCRATCH_BYTES;
             let pieces = transposing_pieces(weight, offset, part.len() as u64, 0);
@@ -282,10 +300,58 @@ impl CudaBackend {
         Ok(())
     }
 
+    /// Reads every weight to its place. What the load leaves is given back beside what follows it, or at once if it failed.
+    fn load(
+        &mut self,
+        plan: &LoadPlan,
+        source: &dyn WeightSource,
+        watch: &dyn LoadWatch,
+    ) -> Result<Vec<(String, String)>> {
+        let equipment = self.equipment()?;
+        let Some(residency) = &self.residency else {
+            return Err(Error::internal(crate::NAME, "a load without weights"));
+        };
+        let job = Job {
+            context: &self.device.context,
+            modules: &self.device.modules,
+            residency,
+            plan,
+            source,
+            watch,
+        };
+        let (loaded, remains) = load::run(job, equipment);
+        let Some(remains) = remains else { return loaded };
+        let device = Arc::clone(&self.device);
+        let settle = move || {
+            if device.context.bind().is_ok()
+                && let Some(equipment) = remains.settle()
+            {
+                device.keep_equipment(equipment);
+            }
+        };
+        if loaded.is_err() {
+            settle();
+            return loaded;
+        }
+        // Without a thread all of it goes, the equipment too.
+        self.clearing = std::thread::Builder::new()
+            .name("hoist-clear".into())
+            .spawn(settle)
+            .ok()
+            .map(|thread| Aside(Some(thread)));
+        loaded
+    }
+
     /// Row exponents and checks of weights that were pushed.
     fn finish_pushed(&self, residency: &Residency) -> Result<()> {
         let order: Vec<u32> = (0..residency.weights.len() as u32).collect();
-        let finisher = Finisher::new(&self.context, &self.modules, &self.stream, residency, &order)?;
+        let finisher = Finisher::new(
+            &self.device.context,
+            &self.device.modules,
+            &self.stream,
+            residency,
+            &order,
+        )?;
         finisher.launch(&self.stream, &mut order.clone())?;
         finisher.check(&self.stream, residency)
     }
@@ -312,11 +378,11 @@ impl WeightBackend for CudaBackend {
     }
 
     fn memory(&self) -> Result<MemoryInfo> {
-        self.context.bind()?;
-        let (free, total) = self.context.memory()?;
+        self.device.context.bind()?;
+        let (free, total) = self.device.context.memory()?;
         Ok(MemoryInfo {
             devices: vec![DeviceMemory {
-                device: self.context.id().into(),
+                device: self.device.context.id().into(),
                 total,
                 free,
                 budget: self.options.memory_budget,
@@ -328,19 +394,10 @@ impl WeightBackend for CudaBackend {
 
     fn begin_load(&mut self, plan: &LoadPlan) -> Result<()> {
         self.lifecycle.expect("begin_load", State::Empty)?;
-        self.context.bind()?;
-        let residency = Residency::new(&self.context, plan, |needed| {
+        self.device.context.bind()?;
+        let residency = Residency::new(&self.device.context, plan, |needed| {
             self.admit("the arena of weights", needed)
         })?;
-        if self.equipment.is_none() {
-            self.equipment = equip(
-                &self.context,
-                &self.modules,
-                None,
-                self.options.threads,
-                self.pin_limit,
-            );
-        }
         self.residency = Some(residency);
         self.ledger = Some(UploadLedger::new(plan));
         self.lifecycle.enter(State::Loading);
@@ -361,7 +418,7 @@ impl WeightBackend for CudaBackend {
 
     fn load_from(&mut self, plan: &LoadPlan, source: &dyn WeightSource, watch: &dyn LoadWatch) -> Result<()> {
         self.lifecycle.expect("load_from", State::Loading)?;
-        self.context.bind()?;
+        self.device.context.bind()?;
         let Some(residency) = &self.residency else {
             return Err(Error::internal(crate::NAME, "a load without weights"));
         };
@@ -373,25 +430,10 @@ impl WeightBackend for CudaBackend {
             .weights
             .iter()
             .try_for_each(|w| books.record(w.id, 0, w.nbytes, &[w.class]))
-            .and_then(|()| self.equipment())
-            .and_then(|equipment| {
-                let Some(residency) = &self.residency else {
-                    return Err(Error::internal(crate::NAME, "a load without weights"));
-                };
-                load::run(
-                    &self.context,
-                    &self.modules,
-                    equipment,
-                    residency,
-                    plan,
-                    source,
-                    watch,
-                )
-            });
+            .and_then(|()| self.load(plan, source, watch));
         match loaded {
-            Ok((notes, remains)) => {
+            Ok(notes) => {
                 self.notes = notes;
-                self.clearing = remains.give_back().map(|thread| Aside(Some(thread)));
                 self.ledger = Some(books);
                 self.finished = true;
                 Ok(())
@@ -406,7 +448,7 @@ impl WeightBackend for CudaBackend {
 
     fn finish_load(&mut self) -> Result<LoadReceipt> {
         self.lifecycle.expect("finish_load", State::Loading)?;
-        self.context.bind()?;
+        self.device.context.bind()?;
         let (Some(residency), Some(ledger)) = (&self.residency, &self.ledger) else {
             return Err(Error::internal(crate::NAME, "a load without weights"));
         };
@@ -434,7 +476,7 @@ impl WeightBackend for CudaBackend {
 
     fn build_index(&mut self, layout: &IndexLayout) -> Result<IndexReceipt> {
         self.lifecycle.expect("build_index", State::Loaded)?;
-        self.context.bind()?;
+        self.device.context.bind()?;
         let residency = self.resident("build_index")?;
         let index = WeightIndex::new(layout, residency.weights.len())?;
         let rows = (index.layers() as usize + 1) * Role::COUNT;
@@ -457,7 +499,7 @@ impl WeightBackend for CudaBackend {
         }
         let bytes: &[u8] = bytemuck::cast_slice(&table);
         self.admit("the index", bytes.len() as u64)?;
-        let buffer = DeviceBuffer::new(&self.context, "the index", bytes.len() as u64)?;
+        let buffer = DeviceBuffer::new(&self.device.context, "the index", bytes.len() as u64)?;
         // SAFETY: the table outlives the synchronisation that follows, and the buffer is new.
         unsafe { self.stream.copy_htod(buffer.ptr(), bytes)? };
         self.stream.synchronize()?;
@@ -474,12 +516,12 @@ impl WeightBackend for CudaBackend {
 
     fn digest(&mut self, weight: WeightId) -> Result<Option<[u8; 32]>> {
         self.lifecycle.expect_resident("digest")?;
-        self.context.bind()?;
+        self.device.context.bind()?;
         let Some(residency) = &self.residency else {
             return Err(Error::internal(crate::NAME, "no weights in a loaded backend"));
         };
         self.hasher
-            .digest(&self.context, &self.stream, &self.mover, residency, weight)
+            .digest(&self.device.context, &self.stream, &self.mover, residency, weight)
             .map(Some)
     }
 
@@ -487,14 +529,14 @@ impl WeightBackend for CudaBackend {
         let residency = self.resident("read_back")?;
         let weight = residency.weight(weight)?;
         weight.check_range(offset, out.len() as u64)?;
-        self.context.bind()?;
+        self.device.context.bind()?;
         if weight.layout == FloatLayout::OutIn {
             // SAFETY: the range is within the weight, and the borrow outlives the synchronisation that follows.
             unsafe { self.stream.copy_dtoh(out, weight.ptr + offset)? };
             return self.stream.synchronize();
         }
         let scratch = DeviceBuffer::new(
-            &self.context,
+            &self.device.context,
             "scratch to read back",
             SCRATCH_BYTES + SCRATCH_TABLE_BYTES,
         )?;
@@ -516,10 +558,10 @@ impl WeightBackend for CudaBackend {
 
     fn init_workspace(&mut self, dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
         self.lifecycle.expect("init_workspace", State::Indexed)?;
-        self.context.bind()?;
+        self.device.context.bind()?;
         let bytes = Engine::workspace_bytes(dims)?;
         self.admit("keys, values and workspace", bytes.kv + bytes.workspace)?;
-        self.engine = Some(Engine::new(&self.context, dims, self.one_launch)?);
+        self.engine = Some(Engine::new(&self.device.context, dims, self.one_launch)?);
         self.workspace_bytes = bytes;
         self.lifecycle.enter(State::Ready);
         Ok(bytes)
@@ -530,15 +572,22 @@ impl WeightBackend for CudaBackend {
     }
 
     fn unload(&mut self) -> Result<()> {
-        self.context.bind()?;
+        self.device.context.bind()?;
         // What is still in flight must not write to memory that is given back; a lost device has nothing in flight.
         let waited = if self.lifecycle.state() == State::Empty {
             Ok(())
         } else {
-            self.context.synchronize()
+            self.device.context.synchronize()
         };
         self.clear();
         waited
+    }
+}
+
+impl Drop for CudaBackend {
+    fn drop(&mut self) {
+        // Streams go with a current context, on whatever thread this is.
+        let _ = self.device.context.bind();
     }
 }
 
@@ -553,7 +602,7 @@ impl DecodeBackend for CudaBackend {
         else {
             return Err(no_workspace());
         };
-        engine.prepare(&self.modules, program, index, |id| {
+        engine.prepare(&self.device.modules, program, index, |id| {
             let weight = residency.weight(id)?;
             Ok(DeviceWeight {
                 name: &weight.name,
@@ -594,7 +643,7 @@ impl DecodeBackend for CudaBackend {
     }
 
     fn read_rate(&mut self) -> Result<Option<f64>> {
-        measure::read_rate(&self.context, &self.modules).map(|rate| Some(rate.gb_s() * 1e9))
+        measure::read_rate(&self.device.context, &self.device.modules).map(|rate| Some(rate.gb_s() * 1e9))
     }
 
     fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {
@@ -618,8 +667,6 @@ impl CudaBackend {
     /// switch.
     pub fn limit_pinned_memory(&mut self, bytes: usize) {
         self.pin_limit = Some(bytes);
-        // What was made without the limit is not used.
-        self.equipment = None;
     }
 
     /// Decodes a token of a program of the llama kind in one launch, from the next workspace on: an experiment that the
@@ -646,7 +693,7 @@ impl CudaBackend {
         if weight.exponents == 0 {
             return Ok(Vec::new());
         }
-        self.context.bind()?;
+        self.device.context.bind()?;
         debug_assert_eq!(size_of::<i16>() as u64, EXPONENT_BYTES);
         let mut exponents = vec![0i16; weight.rows() as usize];
         // SAFETY: that many lie behind the weight; the vector outlives the synchronisation that follows.

@@ -109,9 +109,10 @@ impl DriverError {
         )
     }
 
-    /// As the contract groups errors; `device` is its id.
+    /// As the contract groups errors; `device` is its id. A device that is lost by it is not shared with others any more.
     pub(crate) fn on(self, device: &str) -> Error {
         if self.is_sticky() {
+            crate::shared::forget(device);
             return Error::DeviceLost {
                 device: device.into(),
                 reason: self.to_string(),
@@ -418,6 +419,16 @@ impl Context {
         // SAFETY: both out pointers are valid.
         call!(self.id(), cuMemGetInfo_v2(&mut free, &mut total))?;
         Ok((free as u64, total as u64))
+    }
+
+    /// Makes the context current to this thread, and demands that it has not been lost.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`]
+    pub(crate) fn check(&self) -> Result<()> {
+        self.bind()?;
+        // A call that is cheap, waits for nobody, and returns what the context was lost by.
+        self.memory().map(|_| ())
     }
 
     /// Waits for everything on the device.

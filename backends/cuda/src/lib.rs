@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `driver` | the driver's calls as typed values: context, streams, events, memory, errors |
 //! | `modules` | the embedded kernels, and how they are launched |
+//! | `shared` | what the backends of a process share: contexts, kernels, and what loads leave for the next one |
 //! | `residency` | where each weight lies on the device |
 //! | `layout` | private layouts: made when a weight has arrived, undone when it is read |
 //! | `tables` | what kernels read: mirrors of the structs in `kernels/*.cu` |
@@ -25,10 +26,12 @@ pub mod measure;
 mod modules;
 mod provider;
 mod residency;
+mod shared;
 mod tables;
 
 pub use backend::CudaBackend;
 pub use provider::CudaProvider;
+pub use shared::release_unused;
 
 /// The backend's name.
 pub const NAME: &str = "cuda";

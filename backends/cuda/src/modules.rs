@@ -50,7 +50,16 @@ pub(crate) const EMBEDDED: &[Embedded] = embedded![
 #[derive(Debug)]
 pub(crate) struct Modules {
     context: Arc<Context>,
-    loaded: Mutex<HashMap<&'static str, sys::CUmodule>>,
+    loaded: Mutex<Loaded>,
+}
+
+/// What the driver has been asked for.
+#[derive(Debug, Default)]
+struct Loaded {
+    /// By file.
+    modules: HashMap<&'static str, sys::CUmodule>,
+    /// By file and kernel.
+    kernels: HashMap<(&'static str, &'static str), Function>,
 }
 
 // SAFETY: module handles may be used from any thread; the driver synchronises.
@@ -72,33 +81,28 @@ impl Modules {
         self.context.device.capability == (9, 0)
     }
 
-    fn module(&self, file: &str) -> Result<sys::CUmodule> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(module) = loaded.get(file) {
-            return Ok(*module);
-        }
-        let embedded = EMBEDDED
-            .iter()
-            .find(|e| e.name == file)
-            .ok_or_else(|| Error::internal(crate::NAME, format!("no kernel file `{file}`")))?;
-        let image: *const c_void = if self.uses_machine_code() {
-            embedded.cubin.as_ptr().cast()
-        } else {
-            embedded.ptx.as_ptr().cast()
-        };
-        let mut module = std::ptr::null_mut();
-        // SAFETY: the image is a whole cubin, which knows its own length, or text that ends with a zero.
-        call!(self.context.id(), cuModuleLoadData(&mut module, image))?;
-        loaded.insert(embedded.name, module);
-        Ok(module)
-    }
-
     /// A kernel of `FILE.cu`.
     ///
     /// # Errors
     /// [`Error::Internal`] if there is no such kernel, or the driver refuses the code.
     pub(crate) fn function(&self, file: &str, kernel: &'static str) -> Result<Function> {
-        let module = self.module(file)?;
+        let embedded = EMBEDDED
+            .iter()
+            .find(|e| e.name == file)
+            .ok_or_else(|| Error::internal(crate::NAME, format!("no kernel file `{file}`")))?;
+        // Held until it is known: two who ask at once are not to load a file twice.
+        let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(known) = loaded.kernels.get(&(embedded.name, kernel)) {
+            return Ok(known.clone());
+        }
+        let module = match loaded.modules.get(embedded.name) {
+            Some(module) => *module,
+            None => {
+                let module = self.load(embedded)?;
+                loaded.modules.insert(embedded.name, module);
+                module
+            }
+        };
         let name = CString::new(kernel).map_err(|e| Error::internal(crate::NAME, e))?;
         let mut raw = std::ptr::null_mut();
         // SAFETY: the out pointer is valid, the module is loaded and the name ends with a zero.
@@ -110,18 +114,34 @@ impl Modules {
             },
             other => other,
         })?;
-        Ok(Function {
+        let function = Function {
             raw,
             kernel,
+            allowed_shared: Arc::default(),
             context: Arc::clone(&self.context),
-        })
+        };
+        loaded.kernels.insert((embedded.name, kernel), function.clone());
+        Ok(function)
+    }
+
+    fn load(&self, embedded: &Embedded) -> Result<sys::CUmodule> {
+        let image: *const c_void = if self.uses_machine_code() {
+            embedded.cubin.as_ptr().cast()
+        } else {
+            embedded.ptx.as_ptr().cast()
+        };
+        let mut module = std::ptr::null_mut();
+        // SAFETY: the image is a whole cubin, which knows its own length, or text that ends with a zero.
+        call!(self.context.id(), cuModuleLoadData(&mut module, image))?;
+        Ok(module)
     }
 }
 
 impl Drop for Modules {
     fn drop(&mut self) {
         let _ = self.context.bind();
-        for (_, module) in self.loaded.get_mut().unwrap_or_else(|e| e.into_inner()).drain() {
+        let loaded = self.loaded.get_mut().unwrap_or_else(|e| e.into_inner());
+        for (_, module) in loaded.modules.drain() {
             // SAFETY: loaded once, unloaded once. Every `Function` is held by what holds the modules.
             let _ = unsafe { sys::cuModuleUnload(module) };
         }
@@ -133,6 +153,8 @@ impl Drop for Modules {
 pub(crate) struct Function {
     raw: sys::CUfunction,
     kernel: &'static str,
+    /// What the driver was told by [`Function::allow_shared`]: of the kernel, so that all who use it share it.
+    allowed_shared: Arc<Mutex<u32>>,
     context: Arc<Context>,
 }
 
@@ -178,13 +200,20 @@ macro_rules! arguments {
 pub(crate) use arguments;
 
 impl Function {
-    /// Lets the kernel use that many bytes of dynamic shared memory.
+    /// Lets the kernel use that many bytes of dynamic shared memory. It is never told fewer than before: another backend
+    /// launches the same kernel with what it asked for.
     pub(crate) fn allow_shared(&self, bytes: u32) -> Result<()> {
+        let mut allowed = self.allowed_shared.lock().unwrap_or_else(|e| e.into_inner());
+        if bytes <= *allowed {
+            return Ok(());
+        }
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let value =
             i32::try_from(bytes).map_err(|_| Error::internal(crate::NAME, "shared memory past 2 GiB"))?;
         // SAFETY: the handle is held.
-        call!(self.context.id(), cuFuncSetAttribute(self.raw, attribute, value))
+        call!(self.context.id(), cuFuncSetAttribute(self.raw, attribute, value))?;
+        *allowed = bytes;
+        Ok(())
     }
 
     /// Blocks of that many threads and bytes of dynamic shared memory that one multiprocessor holds at a time.

@@ -24,7 +24,7 @@ pub struct OpenOptions {
     pub threads: Option<u32>,
     /// Map weights from the files instead of copying them, where a weight's bytes stand in the file as they are needed.
     pub import: bool,
-    /// Use only portable scalar code, for comparison.
+    /// Use only portable scalar code, for comparison. A backend that has no other on the host, as one of a GPU, accepts it.
     pub force_scalar: bool,
     /// Ask for this layout of float matrices instead of the backend's own choice; a test switch.
     pub float_layout: Option<FloatLayout>,

@@ -10,6 +10,9 @@
 //! have arrived. The calling thread counts what is whole, starts what follows on a second stream, and watches: for
 //! progress, cancellation and reads that stand still. Reader threads borrow nothing, so that one that hangs in a read from
 //! a dead disk does not hang the caller.
+//!
+//! Ring and streams outlive a load: the process keeps them for the next one, unless a thread still holds them. Memory of the
+//! device does not, so that plans find all of it.
 
 mod input;
 mod ring;
@@ -51,13 +54,37 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Bytes of a thread's staging on the device.
 const STAGING_BYTES: u64 = (PAGE + STAGED_BYTES + PAGE + TABLE_BYTES).next_multiple_of(256);
 
-/// What a load needs and a plan does not decide: made ahead of it, while headers are read.
+/// What decides how large a load's equipment is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    lanes: usize,
+    /// The driver is made to refuse page locking past these bytes; for tests.
+    pin_limit: Option<usize>,
+}
+
+impl Shape {
+    /// Lanes for `threads` readers, or for a number of its own, and one for the calling thread: it reads what only the
+    /// source can.
+    pub(crate) fn new(threads: Option<u32>, pin_limit: Option<usize>) -> Self {
+        let readers = threads.map_or_else(default_threads, |n| (n as usize).min(MAX_THREADS));
+        Self {
+            lanes: readers + 1,
+            pin_limit,
+        }
+    }
+}
+
+/// What a load needs and a plan does not decide: made ahead of the first one, while headers are read, and kept for the
+/// next one.
 #[derive(Debug)]
 pub(crate) struct Equipment {
+    shape: Shape,
     ring: Arc<Ring>,
     lanes: Vec<Lane>,
     finishing: Stream,
-    took: Duration,
+    /// How long it took to make; `None` if it was kept from a load before.
+    took: Option<Duration>,
+    context: Arc<Context>,
 }
 
 /// A thread's own stream, and an event for each of its slots.
@@ -78,31 +105,24 @@ fn default_threads() -> usize {
 #[derive(Debug)]
 pub(crate) struct Preparation(Option<JoinHandle<Result<Ring>>>);
 
-/// Lanes for `threads` readers, or for a number of its own, and one for the calling thread: it reads what only the source
-/// can.
-fn lanes(threads: Option<u32>) -> usize {
-    threads.map_or_else(default_threads, |n| (n as usize).min(MAX_THREADS)) + 1
-}
-
 impl Preparation {
     /// Starts.
-    pub(crate) fn start(threads: Option<u32>) -> Self {
+    pub(crate) fn start(shape: Shape) -> Self {
         // Without a thread the ring is made when it is needed.
         let thread = std::thread::Builder::new()
             .name("hoist-ring".into())
-            .spawn(move || Ring::new(lanes(threads), None));
+            .spawn(move || Ring::new(shape.lanes, shape.pin_limit));
         Self(thread.ok())
     }
 }
 
 impl Equipment {
-    /// What a load needs, from what was prepared or anew.
+    /// What a load needs, from what was prepared for that shape or anew.
     pub(crate) fn new(
         context: &Arc<Context>,
         modules: &Modules,
         prepared: Option<Preparation>,
-        threads: Option<u32>,
-        pin_limit: Option<usize>,
+        shape: Shape,
     ) -> Result<Self> {
         let started = Instant::now();
         context.bind()?;
@@ -110,7 +130,7 @@ impl Equipment {
         let ring = match prepared {
             Some(Ok(ring)) => ring,
             // What went wrong then goes wrong again and says so.
-            _ => Ring::new(lanes(threads), pin_limit)?,
+            _ => Ring::new(shape.lanes, shape.pin_limit)?,
         };
         let ring = Arc::new(ring);
         let lanes = (0..ring.lanes())
@@ -126,19 +146,50 @@ impl Equipment {
         Mover::new(modules)?;
         modules.function("residency", "finish_weights")?;
         Ok(Self {
+            shape,
             ring,
             lanes,
             finishing,
-            took: started.elapsed(),
+            took: Some(started.elapsed()),
+            context: Arc::clone(context),
         })
+    }
+
+    /// Whether it is what a load of that shape needs.
+    pub(crate) fn suits(&self, shape: Shape) -> bool {
+        self.shape == shape && self.is_healthy()
+    }
+
+    /// Whether it is as good as a new one. A lane that the driver refused to lock may be locked by another attempt.
+    pub(crate) fn is_healthy(&self) -> bool {
+        !self.ring.was_refused()
+    }
+
+    /// What can be kept, once everything that was sent has arrived: nothing while a thread still holds it, such as one that
+    /// hangs in a read.
+    fn idle(this: Arc<Self>) -> Option<Self> {
+        let mut equipment = Arc::into_inner(this)?;
+        equipment.took = None;
+        Some(equipment)
     }
 }
 
-/// Locks the lanes of a ring by a thread, ahead of the readers that have not come to lock their own.
-fn lock_ahead(ring: &Arc<Ring>, context: &Arc<Context>) {
+impl Drop for Equipment {
+    fn drop(&mut self) {
+        // Streams and events go with a current context, on whatever thread this is.
+        let _ = self.context.bind();
+    }
+}
+
+/// Locks the lanes of a ring by a thread, ahead of the readers that have not come to lock their own. Whoever joins it knows
+/// that it is done with the context.
+fn lock_ahead(ring: &Arc<Ring>, context: &Arc<Context>) -> Option<JoinHandle<()>> {
+    if ring.locked_bytes() == ring.nbytes() {
+        return None;
+    }
     let (ring, context) = (Arc::clone(ring), Arc::clone(context));
     // Without a thread each reader locks its lane.
-    let _ = std::thread::Builder::new()
+    std::thread::Builder::new()
         .name("hoist-lock".into())
         .spawn(move || {
             if context.bind().is_ok() {
@@ -146,7 +197,8 @@ fn lock_ahead(ring: &Arc<Ring>, context: &Arc<Context>) {
                     ring.lock(&context, lane);
                 });
             }
-        });
+        })
+        .ok()
 }
 
 /// What the threads of a load share; it borrows nothing.
@@ -165,7 +217,8 @@ struct Shared {
     read: [AtomicU64; 3],
     mover: Mover,
     staging: Option<DeviceBuffer>,
-    ring: Arc<Ring>,
+    /// A lane for each reader, and the last one for the calling thread.
+    equipment: Arc<Equipment>,
     /// Kept until the last thread has ended, so that none writes to memory that was given back.
     _arena: Arc<DeviceBuffer>,
     /// The chunk that each thread has in hand, plus one.
@@ -206,6 +259,12 @@ impl Shared {
                 let _ = sender.send(Message::Whole(*weight));
             }
         }
+    }
+
+    /// The lane of that number; every thread has a number below the lanes.
+    fn lane(&self, number: usize) -> Result<&Lane> {
+        let lane = self.equipment.lanes.get(number);
+        lane.ok_or_else(|| Error::internal(crate::NAME, "a reader without a lane"))
     }
 
     /// Starts a chunk on its way from a slot.
@@ -257,8 +316,9 @@ impl Shared {
     }
 
     /// What a reader thread does.
-    fn read_chunks(&self, lane: &Lane, number: usize, sender: &Sender<Message>) -> Result<()> {
+    fn read_chunks(&self, number: usize, sender: &Sender<Message>) -> Result<()> {
         self.context.bind()?;
+        let (lane, ring) = (self.lane(number)?, &self.equipment.ring);
         // The chunk whose copy each slot holds.
         let mut held: [Option<usize>; SLOTS] = [None; SLOTS];
         for turn in 0.. {
@@ -274,7 +334,7 @@ impl Shared {
             let Some(chunk) = self.chunks.get(next) else { break };
             self.in_hand[number].store(next + 1, Ordering::Relaxed);
             // SAFETY: the slot is this thread's, and the copy from it has passed.
-            let slot = unsafe { self.ring.slot(number, side) };
+            let slot = unsafe { ring.slot(number, side) };
             let input = self
                 .inputs
                 .get(chunk.file as usize)
@@ -287,12 +347,12 @@ impl Shared {
                 break;
             }
             // Its page locking is waited for only now: the bytes are there.
-            let locked = self.ring.lock(&self.context, number);
+            let locked = ring.lock(&self.context, number);
             let head = (chunk.start % PAGE) as usize;
             self.send(lane, number, slot, head, &chunk.how, chunk.nbytes() as usize)?;
             lane.events[side].record(&lane.stream)?;
             held[side] = Some(next);
-            if !locked && self.ring.locked_bytes() > 0 {
+            if !locked && ring.locked_bytes() > 0 {
                 // Page-locked memory is short: leave the rest to those who have some.
                 break;
             }
@@ -327,7 +387,6 @@ struct Load<'a> {
     plan: &'a LoadPlan,
     residency: &'a Residency,
     watch: &'a dyn LoadWatch,
-    finishing: &'a Stream,
     finisher: Finisher,
     /// Each weight's place in the order of arrival.
     ranks: Vec<u32>,
@@ -351,7 +410,8 @@ impl Load<'_> {
     }
 
     fn finish_waiting(&mut self) -> Result<()> {
-        self.finisher.launch(self.finishing, &mut self.waiting)?;
+        let finishing = &self.shared.equipment.finishing;
+        self.finisher.launch(finishing, &mut self.waiting)?;
         self.waiting.clear();
         self.waiting_bytes = 0;
         Ok(())
@@ -429,15 +489,33 @@ impl Load<'_> {
         Ok(())
     }
 
+    /// Finishes what is left once all has arrived, and demands that it has, and that all of it are numbers.
+    fn finish(&mut self) -> Result<()> {
+        self.finish_waiting()?;
+        let missing = &self.shared.missing;
+        if let Some(short) = missing.iter().position(|m| m.load(Ordering::Acquire) != 0) {
+            return Err(Error::internal(
+                crate::NAME,
+                format!(
+                    "`{}` is not whole after the load",
+                    self.residency.weights[short].name
+                ),
+            ));
+        }
+        self.finisher
+            .check(&self.shared.equipment.finishing, self.residency)
+    }
+
     /// Reads what only the source can, on this thread.
     fn read_through_source(
         &mut self,
         weights: &[WeightId],
         source: &dyn WeightSource,
-        lane: &Lane,
         number: usize,
         sender: &Sender<Message>,
     ) -> Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let (lane, ring) = (shared.lane(number)?, &shared.equipment.ring);
         for id in weights {
             let weight = self.residency.weight(*id)?;
             let plan = self.plan.weight(*id)?;
@@ -447,17 +525,17 @@ impl Load<'_> {
             if weight.layout == FloatLayout::InOut {
                 step = step.min((MAX_PIECES as u64 / 3 - 2) * weight.matrix_bytes());
             }
-            self.shared.ring.lock(&self.shared.context, number);
+            ring.lock(&shared.context, number);
             let mut offset = 0;
             while offset < plan.nbytes {
-                if self.shared.stopped() {
+                if shared.stopped() {
                     return Ok(());
                 }
                 let len = step.min(plan.nbytes - offset);
                 // SAFETY: the slot is this thread's, and the copy from it has passed: the stream is waited for below.
-                let slot = unsafe { self.shared.ring.slot(number, 0) };
+                let slot = unsafe { ring.slot(number, 0) };
                 source.read_at(*id, offset, &mut slot[..len as usize])?;
-                self.shared.read[Path::Cache as usize].fetch_add(len, Ordering::Relaxed);
+                shared.read[Path::Cache as usize].fetch_add(len, Ordering::Relaxed);
                 let how = if weight.layout == FloatLayout::InOut {
                     How::Staged(transposing_pieces(weight, offset, len, 0))
                 } else {
@@ -467,9 +545,9 @@ impl Load<'_> {
                         nbytes: len,
                     }])
                 };
-                self.shared.send(lane, number, slot, 0, &how, len as usize)?;
+                shared.send(lane, number, slot, 0, &how, len as usize)?;
                 lane.stream.synchronize()?;
-                self.shared.arrive(&[(id.0, len)], sender);
+                shared.arrive(&[(id.0, len)], sender);
                 offset += len;
                 self.look_around()?;
             }
@@ -481,26 +559,75 @@ impl Load<'_> {
 /// How a load went, as (name, value).
 pub(crate) type Notes = Vec<(String, String)>;
 
-/// Reads every weight of the plan to its place, and finishes it.
+/// What a load works on.
+#[derive(Clone, Copy)]
+pub(crate) struct Job<'a> {
+    pub(crate) context: &'a Arc<Context>,
+    pub(crate) modules: &'a Modules,
+    pub(crate) residency: &'a Residency,
+    pub(crate) plan: &'a LoadPlan,
+    pub(crate) source: &'a dyn WeightSource,
+    pub(crate) watch: &'a dyn LoadWatch,
+}
+
+/// What a load leaves behind; nothing of it is in use by the device.
+pub(crate) struct Remains {
+    shared: Option<Arc<Shared>>,
+    finisher: Option<Finisher>,
+    locking: Option<JoinHandle<()>>,
+    equipment: Arc<Equipment>,
+}
+
+impl Remains {
+    /// Gives everything back but what the next load can use. That takes a moment, most of it for memory of the device.
+    pub(crate) fn settle(self) -> Option<Equipment> {
+        let Self {
+            shared,
+            finisher,
+            locking,
+            equipment,
+        } = self;
+        drop((shared, finisher));
+        // A panic there has been printed, and left nothing to do here.
+        let _ = locking.map(JoinHandle::join);
+        Equipment::idle(equipment)
+    }
+}
+
+/// Reads every weight of the plan to its place, and finishes it. There are no remains where the device was lost.
 ///
 /// # Errors
 /// [`Error::SourceIo`], [`Error::OutOfMemory`], [`Error::NonFiniteWeight`], [`Error::Cancelled`], [`Error::DeviceLost`].
-pub(crate) fn run(
-    context: &Arc<Context>,
-    modules: &Modules,
-    equipment: Equipment,
-    residency: &Residency,
-    plan: &LoadPlan,
-    source: &dyn WeightSource,
-    watch: &dyn LoadWatch,
-) -> Result<(Notes, Remains)> {
+pub(crate) fn run(job: Job<'_>, equipment: Equipment) -> (Result<Notes>, Option<Remains>) {
+    let mut remains = Remains {
+        shared: None,
+        finisher: None,
+        locking: None,
+        equipment: Arc::new(equipment),
+    };
+    let loaded = load(job, &mut remains);
+    if loaded.is_err()
+        // What is in flight must have ended before memory is given back, and before a slot is used again.
+        && let Err(lost) = job.context.synchronize()
+    {
+        drop(remains.settle());
+        return (Err(lost), None);
+    }
+    (loaded, Some(remains))
+}
+
+/// The whole of it, but for waiting for what is in flight after an error.
+fn load(job: Job<'_>, remains: &mut Remains) -> Result<Notes> {
+    let Job {
+        context,
+        modules,
+        residency,
+        plan,
+        source,
+        watch,
+    } = job;
     let started = Instant::now();
-    let Equipment {
-        ring,
-        mut lanes,
-        finishing,
-        took,
-    } = equipment;
+    let equipment = Arc::clone(&remains.equipment);
     let Schedule {
         mut chunks,
         mut through_source,
@@ -524,24 +651,22 @@ pub(crate) fn run(
     }
     let staged = chunks.iter().filter(|c| matches!(c.how, How::Staged(_))).count();
     let transposed = residency.weights.iter().any(|w| w.layout == FloatLayout::InOut);
+    let lanes = equipment.lanes.len();
     let staging = if staged > 0 || (transposed && !through_source.is_empty()) {
         Some(DeviceBuffer::new(
             context,
             "staging of small tensors",
-            lanes.len() as u64 * STAGING_BYTES,
+            lanes as u64 * STAGING_BYTES,
         )?)
     } else {
         None
     };
     let counts = (chunks.len() - staged, staged, through_source.len());
     let direct_possible = inputs.iter().flatten().any(Input::is_direct);
-    let readers = lanes.len() - 1;
     let prepared = started.elapsed();
 
-    let own = lanes
-        .pop()
-        .ok_or_else(|| Error::internal(crate::NAME, "a ring without slots"))?;
-    let own_number = lanes.len();
+    // The last lane is the calling thread's.
+    let readers = lanes.saturating_sub(1);
     let shared = Arc::new(Shared {
         context: Arc::clone(context),
         inputs,
@@ -558,21 +683,22 @@ pub(crate) fn run(
         read: Default::default(),
         mover: Mover::new(modules)?,
         staging,
-        ring,
+        equipment: Arc::clone(&equipment),
         _arena: Arc::clone(&residency.arena),
-        in_hand: (0..=lanes.len()).map(|_| AtomicUsize::new(0)).collect(),
+        in_hand: (0..lanes).map(|_| AtomicUsize::new(0)).collect(),
     });
+    remains.shared = Some(Arc::clone(&shared));
     let (sender, receiver) = channel();
     // Only now: locking takes milliseconds, the driver does one thing at a time, and allocations would wait for it.
-    lock_ahead(&shared.ring, context);
-    let threads = start_readers(&shared, lanes, &sender);
+    remains.locking = lock_ahead(&equipment.ring, context);
+    let threads = start_readers(&shared, readers, &sender);
     // While they read: the driver is busy locking their lanes.
-    let finisher = match Finisher::new(context, modules, &finishing, residency, &order) {
+    let finishing = &equipment.finishing;
+    let finisher = match Finisher::new(context, modules, finishing, residency, &order) {
         Ok(finisher) => finisher,
         Err(error) => {
             shared.fail(error);
-            join(threads, &shared)?;
-            context.synchronize()?;
+            join(threads, &shared);
             return Err(shared.take_error());
         }
     };
@@ -581,7 +707,6 @@ pub(crate) fn run(
         plan,
         residency,
         watch,
-        finishing: &finishing,
         finisher,
         ranks,
         waiting: Vec::new(),
@@ -591,32 +716,31 @@ pub(crate) fn run(
     };
     let outcome = if threads.is_empty() && !shared.chunks.is_empty() {
         // A system without threads: this one does it all.
-        let read = shared.read_chunks(&own, own_number, &sender);
+        let read = shared.read_chunks(readers, &sender);
         drain(&mut load, &receiver).and(read)
     } else {
         Ok(())
     }
-    .and_then(|()| load.read_through_source(&through_source, source, &own, own_number, &sender))
+    .and_then(|()| load.read_through_source(&through_source, source, readers, &sender))
     .and_then(|()| load.listen(&receiver, threads.len()))
     .and_then(|()| drain(&mut load, &receiver));
     if let Err(error) = outcome {
         shared.fail(error);
     }
-    join(threads, &shared)?;
-    if shared.stopped() {
-        // What is in flight must have ended before memory is given back.
-        context.synchronize()?;
-        return Err(shared.take_error());
-    }
-    load.finish_waiting()?;
-    if let Some(short) = shared.missing.iter().position(|m| m.load(Ordering::Acquire) != 0) {
-        return Err(Error::internal(
-            crate::NAME,
-            format!("`{}` is not whole after the load", residency.weights[short].name),
-        ));
-    }
+    join(threads, &shared);
     let read = Instant::now();
-    load.finisher.check(&finishing, residency)?;
+    let finished = if shared.stopped() {
+        Err(shared.take_error())
+    } else {
+        load.finish()
+    };
+    let Load {
+        finisher,
+        longest_pause,
+        ..
+    } = load;
+    remains.finisher = Some(finisher);
+    finished?;
     watch.progress(Progress {
         phase: Phase::Upload,
         weight: None,
@@ -625,7 +749,7 @@ pub(crate) fn run(
     });
     let way = |path: Path| shared.read[path as usize].load(Ordering::Relaxed);
     let ms = |d: Duration| format!("{:.1} ms", d.as_secs_f64() * 1e3);
-    let (ring, locked) = (shared.ring.nbytes(), shared.ring.locked_bytes());
+    let (ring, locked) = (equipment.ring.nbytes(), equipment.ring.locked_bytes());
     let mut notes = vec![
         ("reader threads".to_string(), readers.to_string()),
         (
@@ -654,43 +778,20 @@ pub(crate) fn run(
         ("chunks copied to their places".into(), counts.0.to_string()),
         ("chunks staged on the device".into(), counts.1.to_string()),
         ("weights read through the source".into(), counts.2.to_string()),
-        ("ring and streams ready after".into(), ms(took)),
+        (
+            "ring and streams ready after".into(),
+            equipment
+                .took
+                .map_or_else(|| "0 ms: kept from a load before".into(), ms),
+        ),
         ("schedule".into(), ms(prepared)),
         ("reading and copying".into(), ms(read - started - prepared)),
         ("checks after the last byte".into(), ms(read.elapsed())),
     ];
-    if load.longest_pause >= PAUSE {
-        notes.push(("longest pause of the source".into(), ms(load.longest_pause)));
+    if longest_pause >= PAUSE {
+        notes.push(("longest pause of the source".into(), ms(longest_pause)));
     }
-    let Load { finisher, .. } = load;
-    Ok((
-        notes,
-        Remains {
-            _shared: shared,
-            _finisher: finisher,
-            _lanes: own,
-            _finishing: finishing,
-        },
-    ))
-}
-
-/// What a load leaves behind. Giving it back takes milliseconds, most of them to unlock the ring, so that it is done
-/// beside what follows.
-pub(crate) struct Remains {
-    _shared: Arc<Shared>,
-    _finisher: Finisher,
-    _lanes: Lane,
-    _finishing: Stream,
-}
-
-impl Remains {
-    /// Gives everything back, by a thread if there can be one; who joins it knows that it is done.
-    pub(crate) fn give_back(self) -> Option<JoinHandle<()>> {
-        std::thread::Builder::new()
-            .name("hoist-clear".into())
-            .spawn(move || drop(self))
-            .ok()
-    }
+    Ok(notes)
 }
 
 /// Takes what is already there.
@@ -703,20 +804,16 @@ fn drain(load: &mut Load<'_>, receiver: &Receiver<Message>) -> Result<()> {
     Ok(())
 }
 
-/// Starts a thread for each lane; one that cannot be started is one fewer.
-fn start_readers(shared: &Arc<Shared>, lanes: Vec<Lane>, sender: &Sender<Message>) -> Vec<JoinHandle<()>> {
-    let most = shared.chunks.len();
-    lanes
-        .into_iter()
-        .take(most)
-        .enumerate()
-        .filter_map(|(number, lane)| {
+/// Starts a thread for each of `readers` lanes; one that cannot be started is one fewer.
+fn start_readers(shared: &Arc<Shared>, readers: usize, sender: &Sender<Message>) -> Vec<JoinHandle<()>> {
+    (0..readers.min(shared.chunks.len()))
+        .filter_map(|number| {
             let (shared, sender) = (Arc::clone(shared), sender.clone());
             std::thread::Builder::new()
                 .name("hoist-load".into())
                 .spawn(move || {
                     let farewell = Farewell(sender);
-                    if let Err(error) = shared.read_chunks(&lane, number, &farewell.0) {
+                    if let Err(error) = shared.read_chunks(number, &farewell.0) {
                         shared.fail(error);
                     }
                 })
@@ -726,7 +823,7 @@ fn start_readers(shared: &Arc<Shared>, lanes: Vec<Lane>, sender: &Sender<Message
 }
 
 /// Waits for the readers, but not for one that stands still in a read after the load has failed.
-fn join(threads: Vec<JoinHandle<()>>, shared: &Shared) -> Result<()> {
+fn join(threads: Vec<JoinHandle<()>>, shared: &Shared) {
     const PATIENCE: Duration = Duration::from_secs(2);
     let started = Instant::now();
     for thread in threads {
@@ -741,5 +838,4 @@ fn join(threads: Vec<JoinHandle<()>>, shared: &Shared) -> Result<()> {
             shared.fail(Error::internal(crate::NAME, "a reader thread panicked"));
         }
     }
-    Ok(())
 }

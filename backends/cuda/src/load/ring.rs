@@ -146,6 +146,11 @@ impl Ring {
         self.locked.iter().filter(|l| l.get() == Some(&true)).count() * LANE_BYTES
     }
 
+    /// Whether the driver has refused to lock a lane.
+    pub(crate) fn was_refused(&self) -> bool {
+        self.locked.iter().any(|l| l.get() == Some(&false))
+    }
+
     /// A slot's memory.
     ///
     /// # Safety
