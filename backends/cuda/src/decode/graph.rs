@@ -17,6 +17,18 @@ pub(super) struct Graph {
 // SAFETY: the handle may be used from any thread, one at a time.
 unsafe impl Send for Graph {}
 
+/// What was recorded, until it is made executable.
+struct Recorded(sys::CUgraph);
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: made once, destroyed once; an executable does not need it.
+            let _ = unsafe { sys::cuGraphDestroy(self.0) };
+        }
+    }
+}
+
 impl Graph {
     /// Records what `work` enqueues on the stream; nothing of it runs.
     pub(super) fn record(stream: &Stream, work: impl FnOnce() -> Result<()>) -> Result<Self> {
@@ -25,20 +37,17 @@ impl Graph {
         // SAFETY: the stream is held.
         call!(context.id(), cuStreamBeginCapture_v2(stream.raw(), mode))?;
         let worked = work();
-        let mut graph = std::ptr::null_mut();
-        // SAFETY: the out pointer is valid. A capture is ended even if the work failed.
-        let ended = call!(context.id(), cuStreamEndCapture(stream.raw(), &mut graph));
+        let mut recorded = Recorded(std::ptr::null_mut());
+        // SAFETY: the out pointer is valid. A capture is ended even if the work failed, and may be a graph even then.
+        let ended = call!(context.id(), cuStreamEndCapture(stream.raw(), &mut recorded.0));
         worked?;
         ended?;
         let mut executable = std::ptr::null_mut();
         // SAFETY: the out pointer is valid and the graph was just made.
-        let made = call!(
+        call!(
             context.id(),
-            cuGraphInstantiateWithFlags(&mut executable, graph, 0)
-        );
-        // SAFETY: made once, destroyed once; the executable does not need it.
-        let _ = unsafe { sys::cuGraphDestroy(graph) };
-        made?;
+            cuGraphInstantiateWithFlags(&mut executable, recorded.0, 0)
+        )?;
         let graph = Self {
             executable,
             context: Arc::clone(context),
