@@ -10,7 +10,8 @@ A file is compiled to PTX for compute_80, or for what a line `// ptx: compute_NN
 sm_90a. PTX of CUDA 13.0 is read by drivers from release 580 on. With --check nothing is written: the outputs must equal
 what is committed.
 
-The scan demands `.rn` on every f32 and f64 add, sub, mul, fma, div, sqrt and rcp, and refuses everything approximate,
+The scan demands `.rn` on every f32 and f64 add, sub, mul, fma, div, sqrt and rcp, but for `fma.rm.f64`, which floors exact
+products (`floored_bits` in primitives.cuh), and refuses everything approximate,
 flushing to zero, transcendental, a float atomic, or a float multiplication on tensor cores. A fused multiply-add must be
 asked for by name (`__fmaf_rn`): contraction is off.
 """
@@ -38,6 +39,7 @@ MAX_BYTES = 2 << 20
 TRIES = 3
 
 ROUNDED = re.compile(r"^(add|sub|mul|mad|fma|div|sqrt|rcp)\.(?!.*(?:[su](?:8|16|32|64)|b(?:16|32|64)|wide|lo|hi)\b)")
+FLOOR = "fma.rm.f64"
 FORBIDDEN = [
     (re.compile(r"\.approx|\.full\b"), "approximate"),
     (re.compile(r"\.ftz|\.sat\.f"), "flushes to zero or saturates"),
@@ -68,7 +70,7 @@ def scan(name, ptx):
         instruction = code.split()[0].rstrip(";") if code else ""
         reasons = [why for pattern, why in FORBIDDEN if pattern.search(instruction)]
         is_float = re.search(r"\.(f16|f16x2|bf16|bf16x2|f32|f64)$", instruction)
-        if is_float and ROUNDED.match(instruction) and ".rn." not in instruction:
+        if is_float and ROUNDED.match(instruction) and ".rn." not in instruction and instruction != FLOOR:
             reasons.append("not rounded to nearest even")
         broken += [f"{name}.ptx:{number}: {why}: {code}" for why in reasons]
     return broken

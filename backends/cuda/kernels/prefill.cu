@@ -1,7 +1,7 @@
 // What prefill does beside the products of prefill.cuh, for many tokens at once.
 
 #include "attention.cuh"
-#include "prefill.cuh"
+#include "prefill_folded.cuh"
 #include "quantise.cuh"
 
 namespace hoist {
@@ -65,6 +65,42 @@ extern "C" __global__ void __launch_bounds__(256) pack(const __grid_constant__ P
             // A token that is none: zeros.
             write_record(tile, warp, make_uint2(0, 0), 0, 1, 0, 0);
         }
+    }
+}
+
+/// The same for the products of prefill_folded.cuh.
+extern "C" __global__ void __launch_bounds__(256) pack_folded(const __grid_constant__ PackParams p) {
+    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, j = lane >> 2, token = blockIdx.x * 8 + warp;
+    bool here = token < p.tokens;
+    const Segment *x = p.x + (size_t)token * p.segments;
+    int largest = -133;
+    if (here)
+        for (u32 s = lane; s < p.segments; s += 32) largest = max(largest, x[s].e);
+    for (int h = 16; h > 0; h >>= 1) largest = max(largest, shuffle_xor(largest, h));
+    if (blockIdx.y == 0 && lane == 0) p.vector_exponents[token] = largest;
+    u32 first = blockIdx.y * PACKED_SEGMENTS, end = min(first + PACKED_SEGMENTS, p.segments);
+    for (u32 s = first; s < end; s++) {
+        u8 *record = p.tiles + ((size_t)blockIdx.x * p.segments + s) * FOLDED_TILE + warp * FOLDED_RECORD;
+        uint2 codes = make_uint2(0, 0);
+        int u = 0, sum = 0, m = 0, e = largest;
+        if (here) {
+            const Segment &from = x[s];
+            codes = *(const uint2 *)(from.q + 8 * lane);
+            u = from.u[j], sum = from.s[2 * j] + from.s[2 * j + 1], m = from.m, e = from.e;
+        }
+        u32 high[2] = {0, 0}, low[2] = {0, 0};
+        for (int i = 0; i < 8; i++) {
+            int product = u * (i8)((i < 4 ? codes.x : codes.y) >> 8 * (i & 3));
+            high[i >> 2] |= (u32)(product >> 4 & 255) << 8 * (i & 3), low[i >> 2] |= (u32)(product & 15) << 8 * (i & 3);
+        }
+        *(uint4 *)(record + 16 * lane) = uint4{high[0], high[1], low[0], low[1]};
+        if ((lane & 3) == 0) {
+            int product = u * sum;
+            record[FOLDED_LO + j] = product & 127;
+            record[FOLDED_B + j] = product >> 7 & 3;
+            record[FOLDED_A + j] = (u8)(product >> 9);
+        }
+        if (lane == 0) *(double *)(record + FOLDED_SCALE) = product_f64((double)m, power_f64(e - largest));
     }
 }
 

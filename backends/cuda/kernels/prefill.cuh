@@ -81,19 +81,6 @@ DEVICE void prepare_packed(const u8 *row, u32 half, Scales &s) {
     s.m = significand(d), s.e = exponent_of(d), s.mk = significand(dmin), s.ek = exponent_of(dmin);
 }
 
-struct TiledQ4_K {
-    static constexpr int BYTES = 144, SLOT = 160;
-    static constexpr bool ANY_ADDRESS = false, WIDE = false, HALVES = false, MINS = true;
-    static constexpr First FIRST = SCALE;
-    static constexpr int RAISED = 0;
-    DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_packed(row, half, s); }
-    DEVICE void fragments(const u8 *row, u32, int pair, int t, uint2 w[2]) {
-        uint2 q = *(const uint2 *)(row + 16 + 32 * pair + 8 * t);
-        w[0] = make_uint2(q.x & 0x0f0f0f0f, q.y & 0x0f0f0f0f);
-        w[1] = make_uint2(q.x >> 4 & 0x0f0f0f0f, q.y >> 4 & 0x0f0f0f0f);
-    }
-};
-
 /// Sub-scale times dot stays below 2^22 with codes from −16 to 15.
 struct TiledQ5_K {
     static constexpr int BYTES = 176, SLOT = 224;

@@ -43,6 +43,14 @@ DEVICE double f64_of_bits(u64 bits) { return __longlong_as_double((long long)bit
 DEVICE float f32_of_i64(i64 x) { return __ll2float_rn(x); }
 DEVICE float f32_of_u32(u32 x) { return __uint2float_rn(x); }
 DEVICE int i32_of_f32(float x) { return __float2int_rn(x); }
+/// Exactly.
+DEVICE double f64_of_i32(int x) { return __int2double_rn(x); }
+DEVICE double f64_of_f32(float x) { return (double)x; }
+/// To nearest even.
+DEVICE double product_f64(double a, double b) { return __dmul_rn(a, b); }
+/// The bits of 1.5 · 2^52 plus ⌊a · b⌋, where |a · b| < 2^51: as integers, those of 1.5 · 2^52 plus the floor.
+DEVICE u64 floored_bits(double a, double b) { return (u64)__double_as_longlong(__fma_rd(a, b, 6755399441055744.0)); }
+
 /// a · b in f64, then to f32: each to nearest even.
 DEVICE float f32_of_product(double a, double b) { return __double2float_rn(__dmul_rn(a, b)); }
 
@@ -84,6 +92,13 @@ DEVICE u32 ones_of(u32 x) { return __popc(x); }
 /// and d3 the same of row g + 8.
 DEVICE void mma_s8(int d[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/// The same where the bytes of A are unsigned.
+DEVICE void mma_u8_s8(int d[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

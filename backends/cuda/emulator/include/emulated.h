@@ -152,6 +152,11 @@ DEVICE int i32_of_f32(float x) {
     if (x <= -2147483648.0f) return -2147483647 - 1;
     return (int)std::nearbyint(x);
 }
+DEVICE double f64_of_i32(int x) { return (double)x; }
+DEVICE double f64_of_f32(float x) { return (double)x; }
+DEVICE double product_f64(double a, double b) { return a * b; }
+/// Where the product is not exact, its floor may be another one: the kernels' are.
+DEVICE u64 floored_bits(double a, double b) { return bits_as<u64>(6755399441055744.0 + std::floor(a * b)); }
 DEVICE float f32_of_product(double a, double b) { return (float)(a * b); }
 
 DEVICE float f32_of_f16(u16 bits) {
@@ -208,9 +213,12 @@ DEVICE u32 sub_bytes(u32 a, u32 b) {
 }
 DEVICE u32 ones_of(u32 x) { return (u32)__builtin_popcount(x); }
 
-DEVICE void mma_s8(int d[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, HOIST_SITE) {
-    u32 mine[6] = {a0, a1, a2, a3, b0, b1};
-    const unsigned char *all = emulator::exchange(mine, sizeof mine, "mma_s8", HOIST_HERE);
+DEVICE int dot4_unsigned(u32 a, int b, int c) {
+    for (int i = 0; i < 4; i++) c += (int)(u8)(a >> 8 * i) * (int)(i8)((u32)b >> 8 * i);
+    return c;
+}
+template <class Dot> DEVICE void mma_of_bytes(int d[4], const u32 mine[6], Dot dot, const char *what, emulator::Site site) {
+    const unsigned char *all = emulator::exchange(mine, 6 * sizeof *mine, what, site);
     u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     for (u32 i = 0; i < 4; i++) {
         u32 row = g + (i >> 1) * 8, column = 2 * t + (i & 1);
@@ -220,10 +228,18 @@ DEVICE void mma_s8(int d[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, HOI
             // Of the lane that holds row `row`'s columns k … k + 3, and of the one with rows k … k + 3 of the column.
             std::memcpy(&a, all + 32 * ((row & 7) * 4 + (k >> 2 & 3)) + 4 * ((row >> 3) + 2 * (k >> 4)), 4);
             std::memcpy(&b, all + 32 * (column * 4 + (k >> 2 & 3)) + 16 + 4 * (k >> 4), 4);
-            sum = dot4((int)a, (int)b, sum);
+            sum = dot(a, (int)b, sum);
         }
         d[i] = sum;
     }
+}
+DEVICE void mma_s8(int d[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, HOIST_SITE) {
+    u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+    mma_of_bytes(d, mine, [](u32 a, int b, int c) { return dot4((int)a, b, c); }, "mma_s8", HOIST_HERE);
+}
+DEVICE void mma_u8_s8(int d[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, HOIST_SITE) {
+    u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+    mma_of_bytes(d, mine, dot4_unsigned, "mma_u8_s8", HOIST_HERE);
 }
 
 // ---- loads and atomics ----

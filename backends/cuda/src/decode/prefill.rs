@@ -1,6 +1,7 @@
-//! Products of quantised matrices with many tokens: `kernels/prefill.cuh`, on int8 tensor cores.
+//! Products of quantised matrices with many tokens: `kernels/prefill.cuh` and `kernels/prefill_folded.cuh`, on int8 tensor
+//! cores.
 //!
-//! A vector's integers are packed into tiles of eight tokens once, and read by every product that takes them. The bits are
+//! A vector's integers are packed into tiles of eight tokens once, and read by every product that takes them in that form. The bits are
 //! those of the kernels for few tokens, since every sum is one of integers.
 
 use std::cell::Cell;
@@ -13,9 +14,8 @@ use crate::modules::{Function, Launch, Modules};
 
 /// Fewest tokens for which packing them is worth it.
 pub(super) const FEWEST_TOKENS: u32 = 8;
-/// Tokens of a tile, and bytes of a tile of one segment.
+/// Tokens of a tile.
 const TILE_TOKENS: u32 = 8;
-const TILE_BYTES: u64 = 2848;
 /// Segments that a block of the packing kernel takes.
 const PACKED_SEGMENTS: u32 = 4;
 const WARPS: u32 = 8;
@@ -26,14 +26,40 @@ const GRID_LIMIT: u32 = 65_535;
 /// Most shared memory that a block takes.
 const SHARED: u32 = 220 << 10;
 
-/// Bytes of the tiles of so many vectors, and of the exponent of each; `None` past 2^64.
+/// How vectors are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// As `kernels/prefill.cuh` takes them: integers, and the multiplier of each block.
+    Plain,
+    /// As `kernels/prefill_folded.cuh` takes them: integers times multipliers.
+    Folded,
+}
+
+impl Form {
+    /// Bytes of a tile of one segment.
+    const fn tile_bytes(self) -> u64 {
+        match self {
+            Self::Plain => 2848,
+            Self::Folded => 4608,
+        }
+    }
+
+    /// Bytes of the tiles of so many vectors, and of the exponent of each; `None` past 2^64.
+    pub(super) fn bytes(self, segments: u64, tokens: u32) -> Option<u64> {
+        let tiles = u64::from(tokens.div_ceil(TILE_TOKENS));
+        let exponents = tiles.checked_mul(u64::from(TILE_TOKENS) * 4)?;
+        segments
+            .checked_mul(tiles)?
+            .checked_mul(self.tile_bytes())?
+            .checked_add(exponents)?
+            .checked_next_multiple_of(256)
+    }
+}
+
+/// Room for vectors of so many segments in both forms; `None` past 2^64.
 pub(super) fn packed_bytes(segments: u64, tokens: u32) -> Option<u64> {
-    let tiles = u64::from(tokens.div_ceil(TILE_TOKENS));
-    let exponents = tiles.checked_mul(u64::from(TILE_TOKENS) * 4)?;
-    segments
-        .checked_mul(tiles)?
-        .checked_mul(TILE_BYTES)?
-        .checked_add(exponents)
+    let plain = Form::Plain.bytes(segments, tokens)?;
+    plain.checked_add(Form::Folded.bytes(segments, tokens)?)
 }
 
 /// Where packed vectors lie.
@@ -44,12 +70,17 @@ pub(super) struct Packed {
 }
 
 impl Packed {
-    /// The tiles come first.
-    pub(super) fn at(scratch: u64, segments: u32, tokens: u32) -> Self {
-        let tiles = u64::from(tokens.div_ceil(TILE_TOKENS));
+    /// The tiles come first; those that are folded after the others.
+    pub(super) fn at(scratch: u64, form: Form, segments: u32, tokens: u32) -> Self {
+        let of_tiles = u64::from(segments) * u64::from(tokens.div_ceil(TILE_TOKENS)) * form.tile_bytes();
+        let tiles = match form {
+            Form::Plain => scratch,
+            // A value that fits has a size.
+            Form::Folded => scratch + Form::Plain.bytes(segments.into(), tokens).unwrap_or_default(),
+        };
         Self {
-            tiles: scratch,
-            vector_exponents: scratch + u64::from(segments) * tiles * TILE_BYTES,
+            tiles,
+            vector_exponents: tiles + of_tiles,
         }
     }
 }
@@ -112,10 +143,11 @@ struct Coding {
     halves: bool,
     /// Whether mins are as wide as scales.
     wide_mins: bool,
+    form: Form,
 }
 
 macro_rules! coding {
-    ($file:literal, $name:literal, $slot:literal, $halves:literal, $wide_mins:literal) => {
+    ($file:literal, $name:literal, $slot:literal, $halves:literal, $wide_mins:literal, $form:ident) => {
         Some(Coding {
             file: $file,
             kernels: [
@@ -127,37 +159,50 @@ macro_rules! coding {
             slot: $slot,
             halves: $halves,
             wide_mins: $wide_mins,
+            form: Form::$form,
         })
     };
 }
 
 fn coding(encoding: Encoding) -> Option<Coding> {
     match encoding {
-        Encoding::Q4_K => coding!("prefill_k", "q4_k", 160, false, false),
-        Encoding::Q5_K => coding!("prefill_k", "q5_k", 224, false, false),
-        Encoding::Q6_K => coding!("prefill_k", "q6_k", 240, true, false),
-        Encoding::Q4_0 => coding!("prefill_blocks", "q4_0", 160, false, false),
-        Encoding::Q4_1 => coding!("prefill_blocks", "q4_1", 160, false, true),
-        Encoding::Q5_0 => coding!("prefill_blocks", "q5_0", 224, false, false),
-        Encoding::Q5_1 => coding!("prefill_blocks", "q5_1", 224, false, true),
-        Encoding::Q8_0 => coding!("prefill_blocks", "q8_0", 288, false, false),
+        Encoding::Q4_K => coding!("prefill_k", "q4_k", 160, false, false, Folded),
+        Encoding::Q5_K => coding!("prefill_k", "q5_k", 224, false, false, Plain),
+        Encoding::Q6_K => coding!("prefill_k", "q6_k", 240, true, false, Plain),
+        Encoding::Q4_0 => coding!("prefill_blocks", "q4_0", 160, false, false, Plain),
+        Encoding::Q4_1 => coding!("prefill_blocks", "q4_1", 160, false, true, Plain),
+        Encoding::Q5_0 => coding!("prefill_blocks", "q5_0", 224, false, false, Plain),
+        Encoding::Q5_1 => coding!("prefill_blocks", "q5_1", 224, false, true, Plain),
+        Encoding::Q8_0 => coding!("prefill_blocks", "q8_0", 288, false, false, Plain),
         _ => None,
     }
 }
 
 impl Coding {
-    /// Shared memory of a block: two or three stages of weights and activations, and what each warp prepares of its rows.
+    /// Warps of a block. Where vectors are folded, two share the rows of a block of many tokens.
+    fn warps(self, shape: Shape) -> u32 {
+        match self.form {
+            Form::Folded if shape.tiles > 4 => 2 * WARPS,
+            _ => WARPS,
+        }
+    }
+
+    /// Shared memory of a block: two or three stages of weights and activations; and what each warp prepares of its rows, or
+    /// sums of other segments.
     fn shared(self, shape: Shape) -> u32 {
         let weights = WARPS * WARP_ROWS * self.slot;
-        let stage = weights + shape.tiles * shape.depth() * TILE_BYTES as u32;
+        let stage = weights + shape.tiles * shape.depth() * self.form.tile_bytes() as u32;
         let factors = if self.halves { 18 } else { 9 };
         let mins = if self.wide_mins { 9 } else { 4 };
-        let prepared = WARPS * WARP_ROWS * (4 * (factors + mins) + 16 + 8);
-        let three = 3 * stage + prepared;
+        let beside = match self.form {
+            Form::Plain => WARPS * WARP_ROWS * (4 * (factors + mins) + 16 + 8),
+            Form::Folded => shape.row_warps * shape.tiles * (shape.depth() - 1) * (4 * 32 * 8),
+        };
+        let three = 3 * stage + beside;
         if three <= SHARED {
             three
         } else {
-            2 * stage + prepared
+            2 * stage + beside
         }
     }
 }
@@ -166,8 +211,9 @@ impl Coding {
 #[derive(Debug)]
 pub(super) struct Product {
     pack: Function,
-    /// With the shared memory of each.
-    kernels: [(Function, u32); 4],
+    pub(super) form: Form,
+    /// With the shared memory and the warps of each.
+    kernels: [(Function, u32, u32); 4],
     multiprocessors: u32,
 }
 
@@ -189,14 +235,21 @@ impl Product {
         if !cols.is_multiple_of(256) || too_many || device.shared_memory_optin < SHARED {
             return Ok(None);
         }
-        let kernel = |at: usize| -> Result<(Function, u32)> {
+        let kernel = |at: usize| -> Result<(Function, u32, u32)> {
             let function = modules.function(coding.file, coding.kernels[at])?;
             let shared = coding.shared(SHAPES[at]);
             function.allow_shared(shared)?;
-            Ok((function, shared))
+            Ok((function, shared, coding.warps(SHAPES[at])))
         };
         Ok(Some(Self {
-            pack: modules.function("prefill", "pack")?,
+            pack: modules.function(
+                "prefill",
+                match coding.form {
+                    Form::Plain => "pack",
+                    Form::Folded => "pack_folded",
+                },
+            )?,
+            form: coding.form,
             kernels: [kernel(0)?, kernel(1)?, kernel(2)?, kernel(3)?],
             multiprocessors: device.multiprocessors,
         }))
@@ -237,12 +290,17 @@ impl Product {
 
     fn launch_as(&self, at: usize, params: &Tiled) -> (&Function, Launch) {
         let (rows, tokens) = SHAPES[at].blocks(params.rows, params.tokens);
-        let (function, shared) = &self.kernels[at];
-        let launch = Launch {
+        let (function, shared, warps) = &self.kernels[at];
+        let grid = match self.form {
             // Those of the same rows are neighbours, so that weights come from memory once.
-            grid: (tokens, rows, 1),
+            Form::Plain => (tokens, rows, 1),
+            // Blocks stay and take one after the other; a multiprocessor holds one.
+            Form::Folded => (tokens.saturating_mul(rows).min(self.multiprocessors.max(1)), 1, 1),
+        };
+        let launch = Launch {
+            grid,
             shared: *shared,
-            ..Launch::linear(1, WARPS * 32)
+            ..Launch::linear(1, warps * 32)
         };
         (function, launch)
     }
@@ -263,23 +321,25 @@ fn choose(rows: u32, segments: u32, tokens: u32, multiprocessors: u32) -> usize 
         .unwrap_or(0)
 }
 
-/// Which value is packed at the moment.
+/// Which value is packed in each form at the moment.
 #[derive(Debug, Default)]
-pub(super) struct Held(Cell<Option<usize>>);
+pub(super) struct Held([Cell<Option<usize>>; 2]);
 
 impl Held {
-    pub(super) fn holds(&self, value: usize) -> bool {
-        self.0.get() == Some(value)
+    pub(super) fn holds(&self, form: Form, value: usize) -> bool {
+        self.0[form as usize].get() == Some(value)
     }
 
-    pub(super) fn hold(&self, value: usize) {
-        self.0.set(Some(value));
+    pub(super) fn hold(&self, form: Form, value: usize) {
+        self.0[form as usize].set(Some(value));
     }
 
     /// A value is written anew.
     pub(super) fn written(&self, value: usize) {
-        if self.holds(value) {
-            self.0.set(None);
+        for held in &self.0 {
+            if held.get() == Some(value) {
+                held.set(None);
+            }
         }
     }
 }
@@ -318,9 +378,15 @@ mod tests {
 
     #[test]
     fn tiles_are_followed_by_exponents() {
-        let packed = Packed::at(1 << 20, 3, 9);
-        assert_eq!(packed.vector_exponents - packed.tiles, 3 * 2 * TILE_BYTES);
-        assert_eq!(packed_bytes(3, 9), Some(3 * 2 * TILE_BYTES + 16 * 4));
+        let mut end = 1 << 20;
+        for form in [Form::Plain, Form::Folded] {
+            let packed = Packed::at(1 << 20, form, 3, 9);
+            assert_eq!(packed.tiles, end);
+            assert_eq!(packed.vector_exponents - packed.tiles, 3 * 2 * form.tile_bytes());
+            end += form.bytes(3, 9).unwrap();
+            assert!(packed.vector_exponents + 16 * 4 <= end);
+        }
+        assert_eq!(packed_bytes(3, 9), Some(end - (1 << 20)));
         assert_eq!(packed_bytes(u64::MAX, 9), None);
     }
 
@@ -498,10 +564,10 @@ mod tests {
         let vectors = uploaded(stream, &vectors);
         let scratch = packed_bytes(segments as u64, tokens as u32).unwrap();
         let scratch = DeviceBuffer::new(context, "packed vectors", scratch).unwrap();
-        let packed = Packed::at(scratch.ptr(), segments as u32, tokens as u32);
         let product = Product::new(modules, &context.device, encoding, rows as u32, cols as u32)
             .unwrap()
             .unwrap();
+        let packed = Packed::at(scratch.ptr(), product.form, segments as u32, tokens as u32);
         let (function, launch, params) =
             product.packing(vectors.ptr(), packed, segments as u32, tokens as u32);
         // SAFETY: the kernel takes that struct, whose buffers are as long as it says.

@@ -10,8 +10,8 @@ use hoist_backend::{
 use super::attention::{self, AttentionRows, AttentionSplits};
 use super::fused::{self, Fused};
 use super::params::{
-    ArgMax, Attention, Elements, Embed, FloatMatMul, Gated, Gather, MatMul, Norm, Normed,
-    Quantise, Rope, Router, Store, Tiled, WeightedSum,
+    ArgMax, Attention, Elements, Embed, FloatMatMul, Gated, Gather, MatMul, Norm, Normed, Quantise, Rope,
+    Router, Store, Tiled, WeightedSum,
 };
 use super::prefill::{self, Held, Packed, Product};
 use super::profile::Marks;
@@ -687,11 +687,11 @@ fn tiled_matmul(
     out: usize,
 ) -> Result<()> {
     let segments = matrix.cols / 256;
-    let packed = Packed::at(on.work.packed, segments, on.tokens);
-    if !on.held.holds(input) {
+    let packed = Packed::at(on.work.packed, tiled.form, segments, on.tokens);
+    if !on.held.holds(tiled.form, input) {
         let (function, launch, params) = tiled.packing(on.value(input).ptr, packed, segments, on.tokens);
         on.run(function, launch, &params)?;
-        on.held.hold(input);
+        on.held.hold(tiled.form, input);
     }
     let params = Tiled {
         weight: matrix.ptr,
