@@ -1,7 +1,7 @@
 // What prefill does beside the products of prefill.cuh, for many tokens at once.
 
 #include "attention.cuh"
-#include "prefill_folded.cuh"
+#include "prefill_k.cuh"
 #include "quantise.cuh"
 
 namespace hoist {
@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(256) pack(const __grid_constant__ P
     }
 }
 
-/// The same for the products of prefill_folded.cuh.
+/// The same for the products of prefill_k.cuh.
 extern "C" __global__ void __launch_bounds__(256) pack_folded(const __grid_constant__ PackParams p) {
     u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, j = lane >> 2, token = blockIdx.x * 8 + warp;
     bool here = token < p.tokens;
@@ -101,6 +101,32 @@ extern "C" __global__ void __launch_bounds__(256) pack_folded(const __grid_const
             record[FOLDED_A + j] = (u8)(product >> 9);
         }
         if (lane == 0) *(double *)(record + FOLDED_SCALE) = product_f64((double)m, power_f64(e - largest));
+    }
+}
+
+/// The same, halved.
+extern "C" __global__ void __launch_bounds__(256) pack_halved(const __grid_constant__ PackParams p) {
+    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, j = lane >> 2, t = lane & 3, token = blockIdx.x * 8 + warp;
+    bool here = token < p.tokens;
+    const Segment *x = p.x + (size_t)token * p.segments;
+    int largest = -133;
+    if (here)
+        for (u32 s = lane; s < p.segments; s += 32) largest = max(largest, x[s].e);
+    for (int h = 16; h > 0; h >>= 1) largest = max(largest, shuffle_xor(largest, h));
+    if (blockIdx.y == 0 && lane == 0) p.vector_exponents[token] = largest;
+    u32 first = blockIdx.y * PACKED_SEGMENTS, end = min(first + PACKED_SEGMENTS, p.segments);
+    for (u32 s = first; s < end; s++) {
+        u8 *tile = p.tiles + ((size_t)blockIdx.x * p.segments + s) * HALVED_TILE, *record = tile + warp * HALVED_RECORD;
+        u32 halves[2] = {0, 0};
+        int u = 0, m = 0, e = largest;
+        if (here) {
+            const Segment &from = x[s];
+            for (u32 half = 0; half < 2; half++) halves[half] = *(const u32 *)(from.q + 32 * j + 16 * half + 4 * t);
+            u = from.u[j], m = from.m, e = from.e;
+        }
+        *(uint2 *)(record + 64 * (j >> 1) + 16 * t + 8 * (j & 1)) = make_uint2(halves[0], halves[1]);
+        if (t == 0) ((int *)(tile + HALVED_FACTORS))[(j >> 1) * 16 + (warp >> 1) * 4 + (j & 1) * 2 + (warp & 1)] = u;
+        if (lane == 0) *(double *)(record + HALVED_SCALE) = product_f64((double)m, power_f64(e - largest));
     }
 }
 

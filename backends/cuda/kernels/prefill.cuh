@@ -45,7 +45,7 @@ enum First { SCALE, UNIT, NEITHER };
 
 /// What `prepare` finds out.
 struct Scales {
-    int c[8];
+    int c[4];
     /// Of K encodings, four mins of 6 bits, and four sub-scales; of others, each min.
     u32 mins, subs;
     int k[4];
@@ -84,7 +84,7 @@ DEVICE void prepare_packed(const u8 *row, u32 half, Scales &s) {
 /// Sub-scale times dot stays below 2^22 with codes from −16 to 15.
 struct TiledQ5_K {
     static constexpr int BYTES = 176, SLOT = 224;
-    static constexpr bool ANY_ADDRESS = false, WIDE = false, HALVES = false, MINS = true;
+    static constexpr bool ANY_ADDRESS = false, WIDE = false, MINS = true;
     static constexpr First FIRST = SCALE;
     static constexpr int RAISED = 16;
     DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_packed(row, half, s); }
@@ -95,28 +95,6 @@ struct TiledQ5_K {
                           centred((q.y & 0x0f0f0f0f) | (high.y << 4 & 0x10101010), 16));
         w[1] = make_uint2(centred((q.x >> 4 & 0x0f0f0f0f) | (high.x << 3 & 0x10101010), 16),
                           centred((q.y >> 4 & 0x0f0f0f0f) | (high.y << 3 & 0x10101010), 16));
-    }
-};
-
-struct TiledQ6_K {
-    static constexpr int BYTES = 210, SLOT = 240;
-    static constexpr bool ANY_ADDRESS = true, WIDE = false, HALVES = true, MINS = false;
-    static constexpr First FIRST = UNIT;
-    static constexpr int RAISED = 0;
-    DEVICE void prepare(const u8 *row, u32 at, u32 half, Scales &s) {
-        for (int i = 0; i < 8; i++) s.c[i] = (i8)row[at + 192 + 8 * half + i];
-        u16 d = u16_at(row + at + 208);
-        s.m = significand(d), s.e = exponent_of(d);
-    }
-    DEVICE void fragments(const u8 *row, u32 at, int pair, int t, uint2 w[2]) {
-        u32 g = pair >> 1, by = 4 * (pair & 1);
-        uint2 high = eight_bytes(row, at + 128 + 32 * g + 8 * t);
-        high.x >>= by, high.y >>= by;
-        for (int h = 0; h < 2; h++) {
-            uint2 low = eight_bytes(row, at + 64 * g + 32 * h + 8 * t);
-            w[h].x = centred((low.x >> by & 0x0f0f0f0f) | (high.x >> 2 * h << 4 & 0x30303030), 32);
-            w[h].y = centred((low.y >> by & 0x0f0f0f0f) | (high.y >> 2 * h << 4 & 0x30303030), 32);
-        }
     }
 };
 
@@ -151,7 +129,7 @@ DEVICE void add_fifths(uint2 &w, const u8 *row, u32 at, int t) {
 
 struct TiledQ4_0 {
     static constexpr int BYTES = 144, SLOT = 160;
-    static constexpr bool ANY_ADDRESS = false, WIDE = true, HALVES = false, MINS = false;
+    static constexpr bool ANY_ADDRESS = false, WIDE = true, MINS = false;
     static constexpr First FIRST = UNIT;
     static constexpr int RAISED = 0;
     DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_aligned<Q4_0>(row, half, s); }
@@ -165,7 +143,7 @@ struct TiledQ4_0 {
 
 struct TiledQ4_1 {
     static constexpr int BYTES = 160, SLOT = 160;
-    static constexpr bool ANY_ADDRESS = false, WIDE = true, HALVES = false, MINS = true;
+    static constexpr bool ANY_ADDRESS = false, WIDE = true, MINS = true;
     static constexpr First FIRST = UNIT;
     static constexpr int RAISED = 0;
     DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_aligned<Q4_1>(row, half, s); }
@@ -176,7 +154,7 @@ struct TiledQ4_1 {
 
 struct TiledQ5_0 {
     static constexpr int BYTES = 176, SLOT = 224;
-    static constexpr bool ANY_ADDRESS = false, WIDE = true, HALVES = false, MINS = false;
+    static constexpr bool ANY_ADDRESS = false, WIDE = true, MINS = false;
     static constexpr First FIRST = UNIT;
     static constexpr int RAISED = 0;
     DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_aligned<Q5_0>(row, half, s); }
@@ -192,7 +170,7 @@ struct TiledQ5_0 {
 
 struct TiledQ5_1 {
     static constexpr int BYTES = 192, SLOT = 224;
-    static constexpr bool ANY_ADDRESS = false, WIDE = true, HALVES = false, MINS = true;
+    static constexpr bool ANY_ADDRESS = false, WIDE = true, MINS = true;
     static constexpr First FIRST = UNIT;
     static constexpr int RAISED = 0;
     DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_aligned<Q5_1>(row, half, s); }
@@ -208,7 +186,7 @@ struct TiledQ5_1 {
 /// u · dot reaches 2^23, so that it is an integer product.
 struct TiledQ8_0 {
     static constexpr int BYTES = 272, SLOT = 288;
-    static constexpr bool ANY_ADDRESS = false, WIDE = true, HALVES = false, MINS = false;
+    static constexpr bool ANY_ADDRESS = false, WIDE = true, MINS = false;
     static constexpr First FIRST = NEITHER;
     static constexpr int RAISED = 0;
     DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_aligned<Q8_0>(row, half, s); }
@@ -248,9 +226,8 @@ static_assert(sizeof(PrefillParams) == 80);
 
 /// A warp's rows, prepared for a segment. Strides are odd so that rows lie in different banks.
 template <class C> struct PreparedRows {
-    static constexpr int FACTORS = C::HALVES ? 18 : 9;
     /// As f32 where dot is multiplied by them first.
-    int c[16][FACTORS];
+    int c[16][9];
     /// Wide mins of blocks; or four mins a word, and four sub-scales.
     int k[16][C::WIDE && C::MINS ? 9 : 4];
     /// Significands of scale and mins, and E_w less their exponents.
@@ -306,11 +283,10 @@ template <class C, int NT, int ROWS> struct Prefill {
         u32 lane = threadIdx.x & 31, r = lane >> 1, half = lane & 1, row = min(first_row + r, p.rows - 1);
         Scales s;
         C::prepare(slots + r * C::SLOT, address_in_slot(p, row, segment), half, s);
-        constexpr int N = C::HALVES ? 8 : 4;
         i64 sum = 0;
-        for (int i = 0; i < N; i++) rows.c[r][N * half + i] = C::FIRST == SCALE ? bits_of((float)s.c[i]) : s.c[i];
+        for (int i = 0; i < 4; i++) rows.c[r][4 * half + i] = C::FIRST == SCALE ? bits_of((float)s.c[i]) : s.c[i];
         if (C::FIRST == UNIT) {
-            for (int i = 0; i < N; i++) sum += s.c[i];
+            for (int i = 0; i < 4; i++) sum += s.c[i];
             sum += shuffle_xor(sum, 1);
         }
         if (C::MINS && C::WIDE)
@@ -388,17 +364,11 @@ template <class C, int NT, int ROWS> struct Prefill {
             C::fragments(slot[1], at[1], pair, t, w[1]);
             u32 a[2][4];
             for (int h = 0; h < 2; h++) a[h][0] = w[0][h].x, a[h][1] = w[1][h].x, a[h][2] = w[0][h].y, a[h][3] = w[1][h].y;
-            // Weights of the first half lie in the lanes t < 2: for its product the others hold zeros.
-            u32 second[2][4];
-            if (C::HALVES)
-                for (int h = 0; h < 2; h++)
-                    for (int i = 0; i < 4; i++) second[h][i] = t < 2 ? 0 : a[h][i], a[h][i] = t < 2 ? a[h][i] : 0;
-            // Of each block, or half block, and of both rows.
-            constexpr int EACH = C::HALVES ? 2 : 1;
-            int c[2 * EACH][2];
+            // Of each block and of both rows.
+            int c[2][2];
             Factor of_rows[2][2];
-            for (int i = 0; i < 2 * EACH; i++) {
-                c[i][0] = rows.c[g][2 * EACH * pair + i], c[i][1] = rows.c[g + 8][2 * EACH * pair + i];
+            for (int i = 0; i < 2; i++) {
+                c[i][0] = rows.c[g][2 * pair + i], c[i][1] = rows.c[g + 8][2 * pair + i];
                 if (C::FIRST == SCALE) of_rows[i][0] = factor(f32_of_bits(c[i][0])), of_rows[i][1] = factor(f32_of_bits(c[i][1]));
             }
             const u8 *codes = tiles + g * RECORD + 64 * pair + 16 * t, *units = tiles + AT_FACTORS + 64 * pair + 16 * t;
@@ -413,8 +383,7 @@ template <class C, int NT, int ROWS> struct Prefill {
                     if (C::FIRST == UNIT) of_tokens[0] = factor((float)u[h][0]), of_tokens[1] = factor((float)u[h][1]);
                     const Factor *first = C::FIRST == SCALE ? of_rows[h] : of_tokens;
                     u32 b0 = h == 0 ? b.x : b.z, b1 = h == 0 ? b.y : b.w;
-                    block_product(sums[n], a[h], b0, b1, first, u[h], c[EACH * h]);
-                    if (C::HALVES) block_product(sums[n], second[h], b0, b1, first, u[h], c[EACH * h + 1]);
+                    block_product(sums[n], a[h], b0, b1, first, u[h], c[h]);
                 }
             }
         }

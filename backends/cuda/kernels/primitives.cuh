@@ -48,6 +48,8 @@ DEVICE double f64_of_i32(int x) { return __int2double_rn(x); }
 DEVICE double f64_of_f32(float x) { return (double)x; }
 /// To nearest even.
 DEVICE double product_f64(double a, double b) { return __dmul_rn(a, b); }
+/// Those of 1.5 · 2^52.
+constexpr u64 FLOORED_BITS = 0x4338000000000000ull;
 /// The bits of 1.5 · 2^52 plus ⌊a · b⌋, where |a · b| < 2^51: as integers, those of 1.5 · 2^52 plus the floor.
 DEVICE u64 floored_bits(double a, double b) { return (u64)__double_as_longlong(__fma_rd(a, b, 6755399441055744.0)); }
 
@@ -101,6 +103,13 @@ DEVICE void mma_u8_s8(int d[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) 
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/// The same of signed bytes and half as many columns of A: a0 holds row g, a1 row g + 8, columns 4t … 4t + 3; b0 those rows of B.
+DEVICE void mma_s8_half(int d[4], u32 a0, u32 a1, u32 b0) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a0), "r"(a1), "r"(b0));
 }
 
 // ---- loads that say where their data may be cached, and atomics ----

@@ -155,6 +155,8 @@ DEVICE int i32_of_f32(float x) {
 DEVICE double f64_of_i32(int x) { return (double)x; }
 DEVICE double f64_of_f32(float x) { return (double)x; }
 DEVICE double product_f64(double a, double b) { return a * b; }
+/// Those of 1.5 · 2^52.
+constexpr u64 FLOORED_BITS = 0x4338000000000000ull;
 /// Where the product is not exact, its floor may be another one: the kernels' are.
 DEVICE u64 floored_bits(double a, double b) { return bits_as<u64>(6755399441055744.0 + std::floor(a * b)); }
 DEVICE float f32_of_product(double a, double b) { return (float)(a * b); }
@@ -240,6 +242,12 @@ DEVICE void mma_s8(int d[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, HOI
 DEVICE void mma_u8_s8(int d[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, HOIST_SITE) {
     u32 mine[6] = {a0, a1, a2, a3, b0, b1};
     mma_of_bytes(d, mine, dot4_unsigned, "mma_u8_s8", HOIST_HERE);
+}
+
+DEVICE void mma_s8_half(int d[4], u32 a0, u32 a1, u32 b0, HOIST_SITE) {
+    // The right half is of zeros.
+    u32 mine[6] = {a0, a1, 0, 0, b0, 0};
+    mma_of_bytes(d, mine, [](u32 a, int b, int c) { return dot4((int)a, b, c); }, "mma_s8_half", HOIST_HERE);
 }
 
 // ---- loads and atomics ----

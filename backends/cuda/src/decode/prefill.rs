@@ -1,5 +1,4 @@
-//! Products of quantised matrices with many tokens: `kernels/prefill.cuh` and `kernels/prefill_folded.cuh`, on int8 tensor
-//! cores.
+//! Products of quantised matrices with many tokens: `kernels/prefill.cuh` and `kernels/prefill_k.cuh`, on int8 tensor cores.
 //!
 //! A vector's integers are packed into tiles of eight tokens once, and read by every product that takes them in that form. The bits are
 //! those of the kernels for few tokens, since every sum is one of integers.
@@ -31,8 +30,10 @@ const SHARED: u32 = 220 << 10;
 pub(super) enum Form {
     /// As `kernels/prefill.cuh` takes them: integers, and the multiplier of each block.
     Plain,
-    /// As `kernels/prefill_folded.cuh` takes them: integers times multipliers.
+    /// As `kernels/prefill_k.cuh` takes them for Q4_K: integers times multipliers.
     Folded,
+    /// As it takes them for Q6_K: integers half block by half block.
+    Halved,
 }
 
 impl Form {
@@ -41,6 +42,7 @@ impl Form {
         match self {
             Self::Plain => 2848,
             Self::Folded => 4608,
+            Self::Halved => 2816,
         }
     }
 
@@ -56,10 +58,14 @@ impl Form {
     }
 }
 
-/// Room for vectors of so many segments in both forms; `None` past 2^64.
+/// In the order in which they lie in scratch.
+const FORMS: [Form; 3] = [Form::Plain, Form::Folded, Form::Halved];
+
+/// Room for vectors of so many segments in every form; `None` past 2^64.
 pub(super) fn packed_bytes(segments: u64, tokens: u32) -> Option<u64> {
-    let plain = Form::Plain.bytes(segments, tokens)?;
-    plain.checked_add(Form::Folded.bytes(segments, tokens)?)
+    FORMS
+        .iter()
+        .try_fold(0u64, |sum, form| sum.checked_add(form.bytes(segments, tokens)?))
 }
 
 /// Where packed vectors lie.
@@ -70,14 +76,14 @@ pub(super) struct Packed {
 }
 
 impl Packed {
-    /// The tiles come first; those that are folded after the others.
+    /// The tiles come first.
     pub(super) fn at(scratch: u64, form: Form, segments: u32, tokens: u32) -> Self {
         let of_tiles = u64::from(segments) * u64::from(tokens.div_ceil(TILE_TOKENS)) * form.tile_bytes();
-        let tiles = match form {
-            Form::Plain => scratch,
-            // A value that fits has a size.
-            Form::Folded => scratch + Form::Plain.bytes(segments.into(), tokens).unwrap_or_default(),
-        };
+        // A value that fits has a size in each form.
+        let before = FORMS.iter().take(form as usize);
+        let tiles = before.fold(scratch, |at, f| {
+            at + f.bytes(segments.into(), tokens).unwrap_or_default()
+        });
         Self {
             tiles,
             vector_exponents: tiles + of_tiles,
@@ -139,15 +145,13 @@ struct Coding {
     kernels: [&'static str; 4],
     /// Bytes of a row's segment in shared memory.
     slot: u32,
-    /// Whether scales are of half blocks.
-    halves: bool,
     /// Whether mins are as wide as scales.
     wide_mins: bool,
     form: Form,
 }
 
 macro_rules! coding {
-    ($file:literal, $name:literal, $slot:literal, $halves:literal, $wide_mins:literal, $form:ident) => {
+    ($file:literal, $name:literal, $slot:literal, $wide_mins:literal, $form:ident) => {
         Some(Coding {
             file: $file,
             kernels: [
@@ -157,7 +161,6 @@ macro_rules! coding {
                 concat!("prefill_", $name, "_8_8"),
             ],
             slot: $slot,
-            halves: $halves,
             wide_mins: $wide_mins,
             form: Form::$form,
         })
@@ -166,23 +169,23 @@ macro_rules! coding {
 
 fn coding(encoding: Encoding) -> Option<Coding> {
     match encoding {
-        Encoding::Q4_K => coding!("prefill_k", "q4_k", 160, false, false, Folded),
-        Encoding::Q5_K => coding!("prefill_k", "q5_k", 224, false, false, Plain),
-        Encoding::Q6_K => coding!("prefill_k", "q6_k", 240, true, false, Plain),
-        Encoding::Q4_0 => coding!("prefill_blocks", "q4_0", 160, false, false, Plain),
-        Encoding::Q4_1 => coding!("prefill_blocks", "q4_1", 160, false, true, Plain),
-        Encoding::Q5_0 => coding!("prefill_blocks", "q5_0", 224, false, false, Plain),
-        Encoding::Q5_1 => coding!("prefill_blocks", "q5_1", 224, false, true, Plain),
-        Encoding::Q8_0 => coding!("prefill_blocks", "q8_0", 288, false, false, Plain),
+        Encoding::Q4_K => coding!("prefill_k", "q4_k", 160, false, Folded),
+        Encoding::Q5_K => coding!("prefill_k", "q5_k", 224, false, Plain),
+        Encoding::Q6_K => coding!("prefill_k", "q6_k", 240, false, Halved),
+        Encoding::Q4_0 => coding!("prefill_blocks", "q4_0", 160, false, Plain),
+        Encoding::Q4_1 => coding!("prefill_blocks", "q4_1", 160, true, Plain),
+        Encoding::Q5_0 => coding!("prefill_blocks", "q5_0", 224, false, Plain),
+        Encoding::Q5_1 => coding!("prefill_blocks", "q5_1", 224, true, Plain),
+        Encoding::Q8_0 => coding!("prefill_blocks", "q8_0", 288, false, Plain),
         _ => None,
     }
 }
 
 impl Coding {
-    /// Warps of a block. Where vectors are folded, two share the rows of a block of many tokens.
+    /// Warps of a block: in `kernels/prefill_k.cuh` two share the rows of a block of many tokens.
     fn warps(self, shape: Shape) -> u32 {
         match self.form {
-            Form::Folded if shape.tiles > 4 => 2 * WARPS,
+            Form::Folded | Form::Halved if shape.tiles > 4 => 2 * WARPS,
             _ => WARPS,
         }
     }
@@ -192,11 +195,10 @@ impl Coding {
     fn shared(self, shape: Shape) -> u32 {
         let weights = WARPS * WARP_ROWS * self.slot;
         let stage = weights + shape.tiles * shape.depth() * self.form.tile_bytes() as u32;
-        let factors = if self.halves { 18 } else { 9 };
         let mins = if self.wide_mins { 9 } else { 4 };
         let beside = match self.form {
-            Form::Plain => WARPS * WARP_ROWS * (4 * (factors + mins) + 16 + 8),
-            Form::Folded => shape.row_warps * shape.tiles * (shape.depth() - 1) * (4 * 32 * 8),
+            Form::Plain => WARPS * WARP_ROWS * (4 * (9 + mins) + 16 + 8),
+            Form::Folded | Form::Halved => shape.row_warps * shape.tiles * (shape.depth() - 1) * (4 * 32 * 8),
         };
         let three = 3 * stage + beside;
         if three <= SHARED {
@@ -247,6 +249,7 @@ impl Product {
                 match coding.form {
                     Form::Plain => "pack",
                     Form::Folded => "pack_folded",
+                    Form::Halved => "pack_halved",
                 },
             )?,
             form: coding.form,
@@ -295,7 +298,9 @@ impl Product {
             // Those of the same rows are neighbours, so that weights come from memory once.
             Form::Plain => (tokens, rows, 1),
             // Blocks stay and take one after the other; a multiprocessor holds one.
-            Form::Folded => (tokens.saturating_mul(rows).min(self.multiprocessors.max(1)), 1, 1),
+            Form::Folded | Form::Halved => {
+                (tokens.saturating_mul(rows).min(self.multiprocessors.max(1)), 1, 1)
+            }
         };
         let launch = Launch {
             grid,
@@ -323,7 +328,7 @@ fn choose(rows: u32, segments: u32, tokens: u32, multiprocessors: u32) -> usize 
 
 /// Which value is packed in each form at the moment.
 #[derive(Debug, Default)]
-pub(super) struct Held([Cell<Option<usize>>; 2]);
+pub(super) struct Held([Cell<Option<usize>>; FORMS.len()]);
 
 impl Held {
     pub(super) fn holds(&self, form: Form, value: usize) -> bool {
@@ -379,7 +384,7 @@ mod tests {
     #[test]
     fn tiles_are_followed_by_exponents() {
         let mut end = 1 << 20;
-        for form in [Form::Plain, Form::Folded] {
+        for form in FORMS {
             let packed = Packed::at(1 << 20, form, 3, 9);
             assert_eq!(packed.tiles, end);
             assert_eq!(packed.vector_exponents - packed.tiles, 3 * 2 * form.tile_bytes());

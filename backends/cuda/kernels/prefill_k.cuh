@@ -1,0 +1,357 @@
+// Products of Q4_K and Q6_K matrices with many tokens on int8 tensor cores, with the bits of every other path.
+//
+// Q4_K: within a segment (docs/numerics.md §1.3), I = Σ_j c_j · Σ_i w_i · (u_j q_i). The number u_j q_i has 12 bits: 16 h + l with h
+// in −127 … 127 and l in 0 … 15, and 16 w still is a byte. So two multiplications into one accumulator, 16 w by h and w by l, leave
+// one integer multiply-add an output and block of 32, with c_j. J = Σ_j k_j (u_j s_j) is a product of tensor cores too.
+//
+// Q6_K: scales are of 16 weights, and so are multiplications; c · dot of two halves, then u_j: three integer multiply-adds.
+//
+// The step of a segment, ⌊m_a · m_w · I · 2^−Δ⌋, is one fused multiply-add of doubles that rounds down at the unit: all numbers in
+// it are below 2^51 and exact.
+//
+// A block multiplies ROWS · 16 rows with COLS · NT · 8 tokens. Each of its warps has 16 rows, NT · 8 tokens and one of the DEPTH
+// segments that a step of the loop brings; partial sums of i64 merge at the end in any order. Blocks stay and go from one tile of
+// the product to the next, so that the copies for the next one are on their way while the last sums of one are written.
+#pragma once
+
+#include "prefill.cuh"
+
+namespace hoist {
+
+// ---- packed activations ----
+// [tokens / 8][segment] tiles of eight records.
+//
+// Folded, for Q4_K. A token's record: for each block and t = 0 … 3, h and then l of elements 8t … 8t + 7 (what a lane holds of two
+// fragments); lo, b and a of each block, where u_j · s_j = lo + 128 (b + 4a); and m_a · 2^(e_a − E_a) as a double.
+//
+// Halved, for Q6_K. A token's record: for each pair of blocks and t = 0 … 3, elements 4t … 4t + 3 of the four half blocks; and the
+// double. After the records, [pair of blocks][pair of tokens] the u of both tokens for the one block and for the other.
+
+constexpr u32 FOLDED_RECORD = 576, FOLDED_TILE = 8 * FOLDED_RECORD;
+constexpr u32 FOLDED_LO = 512, FOLDED_B = 520, FOLDED_A = 528, FOLDED_SCALE = 536;
+constexpr u32 HALVED_RECORD = 320, HALVED_SCALE = 256, HALVED_FACTORS = 8 * HALVED_RECORD, HALVED_TILE = HALVED_FACTORS + 256;
+
+DEVICE double power_f64(int n) { return f64_of_bits((u64)(n + 1023) << 52); }
+
+/// The double of a token's record.
+DEVICE double scale_at(const u8 *record) { return *(const double *)record; }
+
+// ---- encodings ----
+// BYTES of a segment; SLOT: its place in shared memory, a multiple of 16 that spreads rows over the banks; ANY_ADDRESS: segments
+// start at even addresses only, so that a slot begins at the multiple of 16 before; TILE: of packed activations. `segment` adds
+// one segment of a warp's rows and of its NT · 8 tokens, whose tiles are STRIDE bytes apart. `slots`: rows of the warp; `at`: where
+// in their slots the rows g and g + 8 begin; `unit`: 2^−E_w of both.
+
+struct FoldedQ4_K {
+    static constexpr u32 BYTES = 144, SLOT = 160, TILE = FOLDED_TILE;
+    static constexpr bool ANY_ADDRESS = false;
+
+    /// Fragments of eight 6-bit numbers, four in each of the lanes t = 0 and 1: once, doubled, and doubled again.
+    DEVICE void thrice(u32 a[4], u32 low, u32 high) {
+        bool first = (threadIdx.x & 3) < 2;
+        a[0] = first ? low : low << 1, a[1] = first ? high : high << 1;
+        a[2] = first ? low << 1 : 0, a[3] = first ? high << 1 : 0;
+    }
+
+    template <int NT, u32 STRIDE>
+    DEVICE void segment(const u8 *slots, const u32 *, const u8 *tiles, const double unit[2], i64 acc[NT][4]) {
+        u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+        const u8 *row[2] = {slots + g * SLOT, slots + (g + 8) * SLOT};
+        u32 subs[2][2], mins[2];
+        double scale[2], min_scale[2];
+        for (int r = 0; r < 2; r++) {
+            uint4 head = *(const uint4 *)row[r];
+            scale[r] = product_f64(f64_of_f32(f32_of_f16((u16)head.x)), unit[r]);
+            min_scale[r] = product_f64(f64_of_f32(f32_of_f16((u16)(head.x >> 16))), unit[r]);
+            subs[r][0] = head.y & 0x3f3f3f3f, subs[r][1] = (head.w & 0x0f0f0f0f) | (head.y >> 2 & 0x30303030);
+            mins[r] = t & 1 ? (head.w >> 4 & 0x0f0f0f0f) | (head.z >> 2 & 0x30303030) : head.z & 0x3f3f3f3f;
+        }
+        int sums[NT][4];
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            for (int i = 0; i < 4; i++) sums[n][i] = 0;
+        const u8 *codes = tiles + g * FOLDED_RECORD + 16 * t;
+#pragma unroll
+        for (int pair = 0; pair < 4; pair++) {
+            uint2 q[2] = {*(const uint2 *)(row[0] + 16 + 32 * pair + 8 * t), *(const uint2 *)(row[1] + 16 + 32 * pair + 8 * t)};
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                u32 once[4], more[4];
+                for (int i = 0; i < 4; i++) {
+                    u32 x = i < 2 ? q[i].x : q[i - 2].y;
+                    if (h == 0) {
+                        once[i] = x & 0x0f0f0f0f, more[i] = once[i] << 4;
+                    } else {
+                        more[i] = x & 0xf0f0f0f0, once[i] = more[i] >> 4;
+                    }
+                }
+                int block = 2 * pair + h, by = 8 * (block & 3);
+                int c[2] = {(int)(subs[0][block >> 2] >> by & 255), (int)(subs[1][block >> 2] >> by & 255)};
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    uint4 b = *(const uint4 *)(codes + n * STRIDE + 64 * block);
+                    int d[4] = {0, 0, 0, 0};
+                    mma_u8_s8(d, more[0], more[1], more[2], more[3], b.x, b.y);
+                    mma_u8_s8(d, once[0], once[1], once[2], once[3], b.z, b.w);
+                    for (int i = 0; i < 4; i++) sums[n][i] += c[i >> 1] * d[i];
+                }
+            }
+        }
+        u32 k[4];
+        thrice(k, mins[0], mins[1]);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const u8 *tile = tiles + n * STRIDE, *record = tile + g * FOLDED_RECORD + 4 * (t & 1);
+            u32 lo = *(const u32 *)(record + FOLDED_LO), b = *(const u32 *)(record + FOLDED_B), a = *(const u32 *)(record + FOLDED_A);
+            int low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
+            mma_s8(low, k[0], k[1], k[2], k[3], t < 2 ? lo : 0, 0);
+            mma_s8(high, k[0], k[1], k[2], k[3], t < 2 ? b : a, t < 2 ? a : 0);
+            double token[2] = {scale_at(tile + 2 * t * FOLDED_RECORD + FOLDED_SCALE),
+                               scale_at(tile + (2 * t + 1) * FOLDED_RECORD + FOLDED_SCALE)};
+            for (int i = 0; i < 4; i++) {
+                double product = product_f64(f64_of_i32(sums[n][i]), scale[i >> 1]);
+                double less = product_f64(f64_of_i32(low[i] + 128 * high[i]), min_scale[i >> 1]);
+                // What both bring beside their floors cancels.
+                acc[n][i] += (i64)(floored_bits(product, token[i & 1]) - floored_bits(less, token[i & 1]));
+            }
+        }
+    }
+};
+
+struct HalvedQ6_K {
+    static constexpr u32 BYTES = 210, SLOT = 240, TILE = HALVED_TILE;
+    static constexpr bool ANY_ADDRESS = true;
+
+    /// Four bytes `by` bits after a place that is a multiple of 4.
+    DEVICE u32 word(const u8 *base, u32 by) { return funnel_right(((const u32 *)base)[0], ((const u32 *)base)[1], by); }
+    DEVICE int byte_of(u32 word, int i) { return (i8)(word >> 8 * i); }
+
+    template <int NT, u32 STRIDE>
+    DEVICE void segment(const u8 *slots, const u32 at[2], const u8 *tiles, const double unit[2], i64 acc[NT][4]) {
+        u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+        const u8 *row[2];
+        u32 by[2];
+        double scale[2];
+        for (int r = 0; r < 2; r++) {
+            const u8 *slot = slots + (g + 8 * r) * SLOT;
+            row[r] = slot + (at[r] & ~3u), by[r] = (at[r] & 2) * 8;
+            scale[r] = product_f64(f64_of_f32(f32_of_f16(u16_at(slot + at[r] + 208))), unit[r]);
+        }
+        int sums[NT][4];
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            for (int i = 0; i < 4; i++) sums[n][i] = 0;
+        const u8 *codes = tiles + g * HALVED_RECORD + 16 * t, *factors = tiles + HALVED_FACTORS + 16 * t;
+#pragma unroll
+        for (int group = 0; group < 2; group++) {
+            // Of 128 weights: nibbles, [half of 64][half block]; pairs of bits; and eight scales.
+            u32 low[2][2][2], high[2][2], scales[2][2];
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                for (int half = 0; half < 2; half++) {
+                    const u8 *from = row[r] + 16 * half + 4 * t;
+                    for (int h = 0; h < 2; h++) low[r][h][half] = word(from + 64 * group + 32 * h, by[r]);
+                    high[r][half] = word(from + 128 + 32 * group, by[r]);
+                    scales[r][half] = word(row[r] + 192 + 8 * group + 4 * half, by[r]);
+                }
+#pragma unroll
+            for (int which = 0; which < 2; which++) {
+                u32 a[2][2][2];
+                int c[2][2][2];
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    for (int half = 0; half < 2; half++)
+                        for (int r = 0; r < 2; r++) {
+                            u32 nibbles = low[r][h][half] >> 4 * which & 0x0f0f0f0f;
+                            u32 bits = high[r][half] >> (4 * which + 2 * h) << 4 & 0x30303030;
+                            a[h][half][r] = centred(nibbles | bits, 32);
+                            c[h][half][r] = byte_of(scales[r][which], 2 * h + half);
+                        }
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    int pair = 2 * group + which;
+                    uint4 b = *(const uint4 *)(codes + n * STRIDE + 64 * pair);
+                    int4 u = *(const int4 *)(factors + n * STRIDE + 64 * pair);
+                    u32 words[2][2] = {{b.x, b.y}, {b.z, b.w}};
+                    int of_tokens[2][2] = {{u.x, u.y}, {u.z, u.w}};
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        int first[4] = {0, 0, 0, 0}, second[4] = {0, 0, 0, 0};
+                        mma_s8_half(first, a[h][0][0], a[h][0][1], words[h][0]);
+                        mma_s8_half(second, a[h][1][0], a[h][1][1], words[h][1]);
+                        for (int i = 0; i < 4; i++)
+                            sums[n][i] += of_tokens[h][i & 1] * (c[h][0][i >> 1] * first[i] + c[h][1][i >> 1] * second[i]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const u8 *tile = tiles + n * STRIDE;
+            double token[2] = {scale_at(tile + 2 * t * HALVED_RECORD + HALVED_SCALE),
+                               scale_at(tile + (2 * t + 1) * HALVED_RECORD + HALVED_SCALE)};
+            for (int i = 0; i < 4; i++) {
+                double product = product_f64(f64_of_i32(sums[n][i]), scale[i >> 1]);
+                acc[n][i] += (i64)(floored_bits(product, token[i & 1]) - FLOORED_BITS);
+            }
+        }
+    }
+};
+
+// ---- the kernel ----
+
+template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Staying {
+    static constexpr int WARPS = ROWS * COLS * DEPTH, THREADS = 32 * WARPS;
+    static constexpr u32 BYTES = E::BYTES, SLOT = E::SLOT, TILE = E::TILE;
+    static constexpr u32 CHUNKS = E::ANY_ADDRESS ? (BYTES + 14 + 15) / 16 : BYTES / 16;
+    static_assert(16 * CHUNKS <= SLOT);
+    static constexpr u32 SLOTS = ROWS * DEPTH * 16, WEIGHTS = SLOTS * SLOT;
+    static constexpr u32 STAGE = WEIGHTS + COLS * NT * DEPTH * TILE;
+    /// What partial sums of other segments take, beside the stages.
+    static constexpr u32 SUMS = ROWS * COLS * (DEPTH - 1) * NT * 4 * 32 * 8;
+    static_assert(STAGES * STAGE + SUMS <= PREFILL_SHARED);
+    /// Warps that bring one tile of tokens.
+    static constexpr u32 BRINGERS = WARPS / (COLS * NT);
+    static_assert(BRINGERS * COLS * NT == WARPS);
+    static constexpr u32 WEIGHT_COPIES = (SLOTS * CHUNKS + THREADS - 1) / THREADS;
+
+    /// What a thread copies for one tile of the product.
+    struct Fetch {
+        u32 tile, step;
+        const u8 *weights, *tokens;
+        u32 offsets[WEIGHT_COPIES];
+
+        DEVICE void aim(Fetch &f, const PrefillParams &p, u32 token_tiles) {
+            u32 first_row = f.tile / token_tiles * ROWS * 16, warp = threadIdx.x >> 5;
+            f.weights = p.weight + first_row * p.row_bytes;
+#pragma unroll
+            for (u32 i = 0; i < WEIGHT_COPIES; i++) {
+                u32 at = i * THREADS + threadIdx.x, slot = at / CHUNKS, row = slot / (16 * DEPTH) * 16 + slot % 16;
+                f.offsets[i] = min(row, p.rows - 1 - first_row) * (u32)p.row_bytes;
+            }
+            // Past the last tile, that one again: it is there, and nobody looks at what comes of it.
+            u32 of_eight = min(f.tile % token_tiles * COLS * NT + warp / BRINGERS, (p.tokens + 7) / 8 - 1);
+            f.tokens = p.x + (size_t)of_eight * p.segments * TILE + 16 * (warp % BRINGERS * 32 + (threadIdx.x & 31));
+        }
+
+        /// Starts the copies of a step, and goes to the next one.
+        DEVICE void go(Fetch &f, const PrefillParams &p, u8 *stage, u32 steps, u32 token_tiles) {
+            u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#pragma unroll
+            for (u32 i = 0; i < WEIGHT_COPIES; i++) {
+                u32 at = i * THREADS + threadIdx.x, slot = at / CHUNKS;
+                if (SLOTS * CHUNKS % THREADS != 0 && i + 1 == WEIGHT_COPIES && at >= SLOTS * CHUNKS) break;
+                u32 segment = DEPTH == 1 ? f.step : min(f.step * DEPTH + slot / 16 % DEPTH, p.segments - 1);
+                const u8 *from = f.weights + f.offsets[i] + segment * BYTES;
+                // A weight's place is whole multiples of 256 bytes, so that what is read beside a segment is there.
+                if (E::ANY_ADDRESS) from = (const u8 *)((size_t)from & ~(size_t)15);
+                copy_16(stage + slot * SLOT + 16 * (at % CHUNKS), from + 16 * (at % CHUNKS));
+            }
+            constexpr u32 SPAN = DEPTH * TILE / 16, EACH = BRINGERS * 32;
+            u32 first = warp % BRINGERS * 32 + lane;
+            u32 here = DEPTH == 1 ? SPAN : min((u32)DEPTH, p.segments - f.step * DEPTH) * (TILE / 16);
+            u8 *to = stage + WEIGHTS + warp / BRINGERS * (DEPTH * TILE) + 16 * first;
+            const u8 *from = f.tokens + (size_t)f.step * DEPTH * TILE;
+#pragma unroll
+            for (u32 i = 0; i < SPAN; i += EACH)
+                if ((DEPTH == 1 && i + EACH <= SPAN) || first + i < here) copy_16(to + 16 * i, from + 16 * i);
+            f.step++;
+            if (f.step == steps) {
+                f.step = 0, f.tile += gridDim.x;
+                aim(f, p, token_tiles);
+            }
+        }
+    };
+
+    DEVICE void write(const PrefillParams &p, u32 first_row, u32 first_token, const i64 acc[NT][4]) {
+        u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+        bool finite = true;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            u32 row = first_row + g + 8 * r;
+            if (row >= p.rows) break;
+            int ew = p.exponents[row];
+            float bias = p.bias ? p.bias[row] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < 2 * NT; i++) {
+                u32 token = first_token + 8 * (i >> 1) + 2 * t + (i & 1);
+                if (token >= p.tokens) continue;
+                float result = scaled_sum(acc[i >> 1][2 * r + (i & 1)], ew + p.vector_exponents[token]);
+                finite = finite && is_finite(result);
+                if (p.bias) result = add(result, bias);
+                p.y[(size_t)token * p.rows + row] = result;
+            }
+        }
+        if (!finite) report(p.fault, p.step);
+    }
+
+    DEVICE void run(const PrefillParams &p) {
+        DYNAMIC_SHARED(u8, shared, 16);
+        u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2;
+        // Warps with the same rows are neighbours.
+        u32 group = warp / COLS % ROWS, part = warp / (COLS * ROWS), column = warp % COLS;
+        u32 steps = (p.segments + DEPTH - 1) / DEPTH, token_tiles = (p.tokens + 8 * COLS * NT - 1) / (8 * COLS * NT);
+        u32 tiles = (p.rows + 16 * ROWS - 1) / (16 * ROWS) * token_tiles;
+        u8 *sums = shared + STAGES * STAGE;
+        i64 acc[NT][4];
+        double unit[2];
+        Fetch ahead;
+        ahead.tile = blockIdx.x, ahead.step = 0;
+        Fetch::aim(ahead, p, token_tiles);
+        for (u32 stage = 0; stage < STAGES - 1; stage++) {
+            if (ahead.tile < tiles) Fetch::go(ahead, p, shared + stage * STAGE, steps, token_tiles);
+            end_copies();
+        }
+        u32 slot = 0;
+#pragma unroll 1
+        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            u32 first_row = (tile / token_tiles * ROWS + group) * 16, first_token = (tile % token_tiles * COLS + column) * 8 * NT;
+            // Where rows begin, modulo 16.
+            u32 starts[2];
+            for (int r = 0; r < 2; r++) {
+                u32 row = min(first_row + g + 8 * r, p.rows - 1);
+                unit[r] = power_f64(-(int)p.exponents[row]), starts[r] = row * (u32)p.row_bytes;
+            }
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                for (int i = 0; i < 4; i++) acc[n][i] = 0;
+#pragma unroll 1
+            for (u32 step = 0; step < steps; step++) {
+                await_copies_but<STAGES - 2>();
+                // This step's copies of all threads are there, and all have left the place of the step before.
+                meet_block();
+                u32 place = slot == 0 ? STAGES - 1 : slot - 1;
+                if (ahead.tile < tiles) Fetch::go(ahead, p, shared + place * STAGE, steps, token_tiles);
+                // Also where nothing is left to fetch, so that the count of groups stays the same.
+                end_copies();
+                const u8 *stage = shared + slot * STAGE;
+                u32 s = step * DEPTH + part;
+                if (DEPTH == 1 || s < p.segments) {
+                    u32 at[2];
+                    if (E::ANY_ADDRESS)
+                        for (int r = 0; r < 2; r++) at[r] = (starts[r] + s * BYTES) & 15;
+                    E::template segment<NT, DEPTH * TILE>(stage + (group * DEPTH + part) * 16 * SLOT, at,
+                                                          stage + WEIGHTS + (column * NT * DEPTH + part) * TILE, unit, acc);
+                }
+                slot = slot + 1 == STAGES ? 0 : slot + 1;
+            }
+            if (DEPTH > 1) {
+                // [row group and tokens][part − 1][value][lane]. The loop has met since they were read last.
+                i64 *of_warp = (i64 *)sums + (size_t)(group * COLS + column) * (DEPTH - 1) * (NT * 4 * 32) + lane;
+                if (part > 0)
+#pragma unroll
+                    for (int n = 0; n < NT; n++)
+                        for (int i = 0; i < 4; i++) of_warp[(((part - 1) * NT + n) * 4 + i) * 32] = acc[n][i];
+                meet_block();
+                if (part > 0) continue;
+#pragma unroll
+                for (int n = 0; n < NT; n++)
+                    for (int i = 0; i < 4; i++)
+                        for (int other = 0; other < DEPTH - 1; other++) acc[n][i] += of_warp[((other * NT + n) * 4 + i) * 32];
+            }
+            write(p, first_row, first_token, acc);
+        }
+    }
+};
+
+} // namespace hoist
