@@ -931,6 +931,27 @@ fn two_share() -> Outcome {
     drop(narrow);
     assert_eq!(hoist_cuda::release_unused(), 1);
     nothing_is_kept("two that shared");
+    // One may load and unload while the other records.
+    let mut recording = session(None)?;
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                let mut loaded = load_only(&path, &Unwatched).unwrap();
+                loaded.backend.unload().unwrap();
+            }
+        });
+        for _ in 0..if exhaustive() { 200 } else { 20 } {
+            let again = recording
+                .prepare()
+                .map_err(typed)
+                .and_then(|d| step(d, TOKENS[0], vocab));
+            assert!(again.unwrap() == expected[..vocab], "recorded beside a load");
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        loading.join().unwrap();
+    });
+    drop(recording);
     // Opened by many threads at once, it is made once.
     configure("");
     std::thread::scope(|scope| {

@@ -100,6 +100,8 @@ pub struct CudaBackend {
     equipping: Option<Aside<()>>,
     /// Gives back what the last load needed, and the next one does not.
     clearing: Option<Aside<()>>,
+    /// Whether decoding has failed, and may have left something under way.
+    unsettled: bool,
     /// Bytes past which the driver is made to refuse page locking.
     pin_limit: Option<usize>,
     one_launch: OneLaunch,
@@ -191,6 +193,7 @@ impl CudaBackend {
             engine: None,
             equipping,
             clearing: None,
+            unsettled: false,
             pin_limit: None,
             one_launch,
             hasher,
@@ -354,6 +357,23 @@ impl CudaBackend {
         )?;
         finisher.launch(&self.stream, &mut order.clone())?;
         finisher.check(&self.stream, residency)
+    }
+
+    /// Waits for what this backend has under way. Not for its context's other streams: one on which another backend
+    /// records would be spoiled.
+    fn settle(&mut self) -> Result<()> {
+        // A load has waited for its own, and a step that succeeded for its own too.
+        self.stream.synchronize()?;
+        if std::mem::take(&mut self.unsettled) {
+            self.device.context.synchronize()?;
+        }
+        Ok(())
+    }
+
+    /// Takes note of how a call of the engine ended.
+    fn noted<T>(&mut self, result: Result<T>) -> Result<T> {
+        self.unsettled |= result.is_err();
+        result
     }
 
     fn clear(&mut self) {
@@ -577,7 +597,7 @@ impl WeightBackend for CudaBackend {
         let waited = if self.lifecycle.state() == State::Empty {
             Ok(())
         } else {
-            self.device.context.synchronize()
+            self.settle()
         };
         self.clear();
         waited
@@ -602,7 +622,7 @@ impl DecodeBackend for CudaBackend {
         else {
             return Err(no_workspace());
         };
-        engine.prepare(&self.device.modules, program, index, |id| {
+        let prepared = engine.prepare(&self.device.modules, program, index, |id| {
             let weight = residency.weight(id)?;
             Ok(DeviceWeight {
                 name: &weight.name,
@@ -613,14 +633,16 @@ impl DecodeBackend for CudaBackend {
                 ptr: weight.ptr,
                 exponents: weight.exponents,
             })
-        })?;
+        });
+        self.noted(prepared)?;
         self.lifecycle.enter(State::Prepared);
         Ok(())
     }
 
     fn forward(&mut self, batch: &TokenBatch<'_>, out: &mut Outputs<'_>) -> Result<()> {
         self.lifecycle.expect("forward", State::Prepared)?;
-        self.engine.as_mut().ok_or_else(no_workspace)?.forward(batch, out)
+        let ran = self.engine.as_mut().ok_or_else(no_workspace)?.forward(batch, out);
+        self.noted(ran)
     }
 
     fn profile(
@@ -639,7 +661,8 @@ impl DecodeBackend for CudaBackend {
                 .and_then(|id| residency.weight(WeightId(id)).ok());
             weight.map_or((0, Shape::matrix(0, 0)), |w| (w.nbytes, w.shape))
         };
-        engine.profile(batch, out, facts, phases)
+        let ran = engine.profile(batch, out, facts, phases);
+        self.noted(ran)
     }
 
     fn read_rate(&mut self) -> Result<Option<f64>> {

@@ -7,8 +7,8 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 
 use hoist_backend::{
     Chunk, Encoding, EncodingSet, Error, FileIdentity, FloatLayout, LoadPlan, LoadWatch, Mapping,
@@ -44,6 +44,8 @@ fn main() {
         ("a_cancel_at_any_point_leaves_nothing", cancelled),
         ("short_page_locked_memory_is_reported_and_harmless", pinned_short),
         ("two_loads_at_once_on_one_device", two_at_once),
+        ("pushed_uploads_need_no_ring", pushed_alone),
+        ("a_ring_that_a_thread_still_holds_is_not_used_again", held),
         ("a_hundred_loads_leave_what_they_found", hundred),
         ("a_cold_file_goes_past_the_page_cache", cold),
         ("a_source_in_memory_or_without_files_loads_too", no_files),
@@ -76,6 +78,8 @@ struct Source {
     bytes: Vec<Arc<[u8]>>,
     reads: AtomicU64,
     shares: bool,
+    /// What is shared instead of the bytes themselves.
+    mapping: Option<Arc<dyn Mapping>>,
     _folder: Option<tempfile::TempDir>,
 }
 
@@ -132,6 +136,9 @@ impl WeightSource for Source {
     }
 
     fn share(&self, file: u32) -> Option<Arc<dyn Mapping>> {
+        if let Some(mapping) = &self.mapping {
+            return Some(Arc::clone(mapping));
+        }
         self.shares
             .then(|| Arc::new(Whole(Arc::clone(&self.bytes[file as usize]))) as Arc<dyn Mapping>)
     }
@@ -282,6 +289,7 @@ impl Builder {
             bytes: self.files.into_iter().map(Into::into).collect(),
             reads: AtomicU64::new(0),
             shares: true,
+            mapping: None,
             _folder: folder,
         }
     }
@@ -447,6 +455,12 @@ fn everything() -> Outcome {
 fn pushed() -> Outcome {
     let source = all_kinds(true);
     let mut backend = cuda();
+    push(&mut backend, &source)?;
+    check_all(&mut backend, &source)
+}
+
+/// Loads by uploads, from the last byte to the first.
+fn push(backend: &mut CudaBackend, source: &Source) -> Result<()> {
     backend.begin_load(&source.plan)?;
     for weight in source.plan.weights.iter().rev() {
         let canonical = source.canonical(weight);
@@ -467,7 +481,116 @@ fn pushed() -> Outcome {
             }
         }
     }
-    backend.finish_load()?;
+    backend.finish_load().map(|_| ())
+}
+
+/// A count of the emulated device's report; `None` on a GPU.
+fn counted(name: &str) -> Option<u64> {
+    let emulator = (!on_a_gpu()).then(hoist_cuda_emulator::load)??;
+    Some(emulator.report().count(name))
+}
+
+fn pushed_alone() -> Outcome {
+    let mut b = Builder::new(1);
+    b.add(0, Encoding::Q4_K, Shape::matrix(100, 512));
+    b.add(0, Encoding::F32, Shape::matrix(70, 30)).layout = FloatLayout::InOut;
+    let source = b.build(false);
+    // As no backend before it had, so that nothing that was kept suits it.
+    let options = OpenOptions {
+        threads: Some(5),
+        ..OpenOptions::default()
+    };
+    let locked = counted("calls.cuMemHostRegister_v2");
+    let mut backend = CudaBackend::open(0, &options)?;
+    push(&mut backend, &source)?;
+    check_all(&mut backend, &source)?;
+    drop(backend);
+    assert_eq!(counted("calls.cuMemHostRegister_v2"), locked);
+    // The control: a load that pulls has a ring.
+    let mut backend = CudaBackend::open(0, &options)?;
+    load(&mut backend, &source)?;
+    check_all(&mut backend, &source)?;
+    drop(backend);
+    if let (Some(now), Some(before)) = (counted("calls.cuMemHostRegister_v2"), locked) {
+        assert_eq!(now, before + 6, "a lane for each of five readers, and one more");
+    }
+    Ok(())
+}
+
+/// Memory whose readers wait until they are let go; the first look, at its length, does not.
+struct Stuck {
+    bytes: Arc<[u8]>,
+    looks: AtomicU64,
+    gone: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Mapping for Stuck {
+    fn bytes(&self) -> &[u8] {
+        if self.looks.fetch_add(1, Ordering::Relaxed) > 0 {
+            let gone = self.gone.lock().unwrap();
+            drop(self.changed.wait_while(gone, |gone| !*gone).unwrap());
+        }
+        &self.bytes
+    }
+}
+
+/// Cancels once something is so.
+struct When<F: Fn() -> bool + Sync>(F);
+
+impl<F: Fn() -> bool + Sync> LoadWatch for When<F> {
+    fn progress(&self, _: Progress) {}
+
+    fn cancelled(&self) -> bool {
+        (self.0)()
+    }
+}
+
+fn held() -> Outcome {
+    let mut b = Builder::new(1);
+    for _ in 0..3 {
+        b.add(0, Encoding::BF16, Shape::matrix(2048, 2048));
+    }
+    let mut source = b.build(false);
+    let stuck = Arc::new(Stuck {
+        bytes: Arc::clone(&source.bytes[0]),
+        looks: AtomicU64::new(0),
+        gone: Mutex::new(false),
+        changed: Condvar::new(),
+    });
+    source.mapping = Some(stuck.clone());
+    let other = large(48);
+    let mut backend = cuda();
+    load(&mut backend, &other)?;
+    backend.unload()?;
+    let rings = counted("registered");
+    backend.begin_load(&source.plan)?;
+    let reading = When(|| stuck.looks.load(Ordering::Relaxed) >= 3);
+    match backend.load_from(&source.plan, &source, &reading) {
+        Err(Error::Cancelled) => {}
+        other => return Err(format!("{other:?}").into()),
+    }
+    backend.abort_load()?;
+    // Its threads wait with slots in their hands: this load has others.
+    load(&mut backend, &other)?;
+    check_all(&mut backend, &other)?;
+    if let (Some(now), Some(before)) = (counted("registered"), rings) {
+        assert_eq!(now, 2 * before, "lanes, where {before} were before");
+    }
+    *stuck.gone.lock().unwrap() = true;
+    stuck.changed.notify_all();
+    // What they read goes nowhere, and what they held goes with them.
+    for _ in 0..2000 {
+        if counted("registered") == rings && Arc::strong_count(&stuck) == 2 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert_eq!(counted("registered"), rings);
+    check_all(&mut backend, &other)?;
+    backend.unload()?;
+    source.mapping = None;
+    load(&mut backend, &source)?;
     check_all(&mut backend, &source)
 }
 

@@ -165,6 +165,13 @@ impl Equipment {
         !self.ring.was_refused()
     }
 
+    /// Waits for everything that was sent.
+    fn settle(&self) -> Result<()> {
+        self.context.bind()?;
+        self.lanes.iter().try_for_each(|lane| lane.stream.synchronize())?;
+        self.finishing.synchronize()
+    }
+
     /// What can be kept, once everything that was sent has arrived: nothing while a thread still holds it, such as one that
     /// hangs in a read.
     fn idle(this: Arc<Self>) -> Option<Self> {
@@ -608,7 +615,7 @@ pub(crate) fn run(job: Job<'_>, equipment: Equipment) -> (Result<Notes>, Option<
     let loaded = load(job, &mut remains);
     if loaded.is_err()
         // What is in flight must have ended before memory is given back, and before a slot is used again.
-        && let Err(lost) = job.context.synchronize()
+        && let Err(lost) = remains.equipment.settle()
     {
         drop(remains.settle());
         return (Err(lost), None);

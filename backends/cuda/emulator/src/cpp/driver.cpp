@@ -711,7 +711,13 @@ CALL cuCtxSetCurrent(void *context) {
 
 CALL cuCtxSynchronize() {
     ENTER(Context);
-    NOT_WHILE_RECORDING();
+    // Whoever records on a stream of the context: waiting for all of it spoils the recording.
+    bool any = false;
+    for (auto &s : device().streams.all()) {
+        std::lock_guard lock(s->mutex);
+        if (s->capturing) s->spoiled = any = true;
+    }
+    if (any) return STREAM_CAPTURE_UNSUPPORTED;
     drain_all();
     return device().lost;
 }
