@@ -182,6 +182,8 @@ impl CudaBench<'_> {
     /// A load on a backend of its own, once more on the same one, and a digest of all that is resident.
     fn round(&self, selected: &Selected) -> Result<Round> {
         let opened = models::open(self.model)?;
+        // As in a process that has not used the device yet.
+        hoist_cuda::release_unused();
         let started = Instant::now();
         let options: OpenOptions = self.device.open_options();
         let mut backend = selected.open(&options)?;
