@@ -79,6 +79,13 @@ DEVICE int dot4(int a, int b, int c) {
     return d;
 }
 
+/// The same of four unsigned bytes and four signed ones.
+DEVICE int dot4_unsigned(u32 a, int b, int c) {
+    int d;
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 /// The low word of (high, low) shifted right by `by` mod 32.
 DEVICE u32 funnel_right(u32 low, u32 high, u32 by) { return __funnelshift_r(low, high, by); }
 /// The bytes of (b, a) that the nibbles of `selector` name.
@@ -128,10 +135,13 @@ DEVICE u64 atomic_min(u64 *to, u64 x) { return atomicMin(to, x); }
 DEVICE void store_word(u64 *to, u32 value, u32 number) {
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"((u64)number << 32 | value) : "memory");
 }
-/// Two neighbouring words, each whole, as they are now.
-DEVICE void load_words(const u64 *from, u64 words[2]) {
-    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(words[0]), "=l"(words[1]) : "l"(from) : "memory");
-}
+/// To memory of the host.
+DEVICE void store_to_host(u32 *to, u32 x) { asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(to), "r"(x) : "memory"); }
+/// What this thread and those that it has met have written is seen by the device before what it writes from here on.
+DEVICE void fence_device() { __threadfence(); }
+/// The same, as the host sees it.
+DEVICE void fence_system() { __threadfence_system(); }
+DEVICE u32 atomic_exchange(u32 *to, u32 x) { return atomicExch(to, x); }
 /// Waits until a word's number is `number`; its value.
 DEVICE u32 await_word(const u64 *from, u32 number) {
     u64 word;
@@ -139,6 +149,38 @@ DEVICE u32 await_word(const u64 *from, u32 number) {
         asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
     } while ((u32)(word >> 32) != number);
     return (u32)word;
+}
+
+/// Waits until the numbers of N words are `number`; their values. All are asked for at once.
+template <int N> DEVICE void await_words(const u64 *const (&from)[N], u32 number, u32 (&values)[N]) {
+    bool all;
+    do {
+        u64 words[N];
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(words[i]) : "l"(from[i]) : "memory");
+        all = true;
+#pragma unroll
+        for (int i = 0; i < N; i++) values[i] = (u32)words[i], all &= (u32)(words[i] >> 32) == number;
+    } while (!all);
+}
+/// The same of N pairs of neighbouring words.
+template <int N> DEVICE void await_pairs(const u64 *const (&from)[N], u32 number, u32 (&values)[N][2]) {
+    bool all;
+    do {
+        u64 words[N][2];
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+                         : "=l"(words[i][0]), "=l"(words[i][1])
+                         : "l"(from[i])
+                         : "memory");
+        all = true;
+#pragma unroll
+        for (int i = 0; i < N; i++)
+#pragma unroll
+            for (int k = 0; k < 2; k++) values[i][k] = (u32)words[i][k], all &= (u32)(words[i][k] >> 32) == number;
+    } while (!all);
 }
 
 /// Adds, after everything that this thread and those that it has met have written is seen by the device.
@@ -157,12 +199,33 @@ DEVICE void await_at_least(const u32 *counter, u32 least) {
 
 // ---- warps and blocks ----
 
+/// `threadIdx.x`, read here: what follows from it is not kept in registers from one use to the next.
+DEVICE u32 thread_now() {
+    u32 t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return t;
+}
+/// `blockIdx.x`, likewise.
+DEVICE u32 block_now() {
+    u32 b;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
+    return b;
+}
+/// `THREADS` threads, whole warps, meet at barrier `id` (1 … 15).
+template <int THREADS> DEVICE void meet_threads_at(u32 id) {
+    __syncwarp();
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
 /// Every lane of the warp takes part.
 template <class T> DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 /// Of lane `from`.
 template <class T> DEVICE T shuffle(T x, int from) { return __shfl_sync(0xffffffffu, x, from); }
 template <class T> DEVICE T shuffle_down(T x, u32 by) { return __shfl_down_sync(0xffffffffu, x, by); }
 template <class T> DEVICE T shuffle_up(T x, u32 by) { return __shfl_up_sync(0xffffffffu, x, by); }
+
+/// The largest of the warp's; every lane takes part.
+DEVICE u32 largest_of_warp(u32 x) { return __reduce_max_sync(0xffffffffu, x); }
 
 /// All lanes of a warp that are still there.
 DEVICE void meet_warp() { __syncwarp(); }

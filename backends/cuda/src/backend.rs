@@ -692,9 +692,14 @@ impl CudaBackend {
         self.pin_limit = Some(bytes);
     }
 
-    /// Decodes a token of a program of the llama kind in one launch, from the next workspace on: an experiment that the
-    /// variable `HOIST_CUDA_ONE_LAUNCH=1` turns on too. Its ring has at most `most_slots` slots, or as many as fit. The bits
-    /// are the same.
+    /// Decodes operation by operation, from the next workspace on, as the variable `HOIST_CUDA_ONE_LAUNCH=0` makes every
+    /// backend do. The bits are the same.
+    pub fn decode_by_operations(&mut self) {
+        self.one_launch = OneLaunch::Off;
+    }
+
+    /// Decodes a token of a program of the llama kind in one launch, from the next workspace on, as it does by default. Its
+    /// ring has at most `most_slots` slots, or as many as fit. The bits are the same.
     pub fn decode_in_one_launch(&mut self, most_slots: Option<u32>) {
         self.one_launch = OneLaunch::On {
             most_slots: most_slots.unwrap_or(u32::MAX),

@@ -189,6 +189,10 @@ DEVICE int dot4(int a, int b, int c) {
     for (int i = 0; i < 4; i++) c += (int)(i8)((u32)a >> 8 * i) * (int)(i8)((u32)b >> 8 * i);
     return c;
 }
+DEVICE int dot4_unsigned(u32 a, int b, int c) {
+    for (int i = 0; i < 4; i++) c += (int)(u8)(a >> 8 * i) * (int)(i8)((u32)b >> 8 * i);
+    return c;
+}
 DEVICE u32 funnel_right(u32 low, u32 high, u32 by) { return (u32)(((u64)high << 32 | low) >> (by & 31)); }
 DEVICE u32 pick_bytes(u32 a, u32 b, u32 selector) {
     u64 both = (u64)b << 32 | a;
@@ -215,10 +219,6 @@ DEVICE u32 sub_bytes(u32 a, u32 b) {
 }
 DEVICE u32 ones_of(u32 x) { return (u32)__builtin_popcount(x); }
 
-DEVICE int dot4_unsigned(u32 a, int b, int c) {
-    for (int i = 0; i < 4; i++) c += (int)(u8)(a >> 8 * i) * (int)(i8)((u32)b >> 8 * i);
-    return c;
-}
 template <class Dot> DEVICE void mma_of_bytes(int d[4], const u32 mine[6], Dot dot, const char *what, emulator::Site site) {
     const unsigned char *all = emulator::exchange(mine, 6 * sizeof *mine, what, site);
     u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -274,10 +274,18 @@ DEVICE void store_word(u64 *to, u32 value, u32 number) {
     __atomic_store_n(to, (u64)number << 32 | value, __ATOMIC_SEQ_CST);
     emulator::word_changed();
 }
-DEVICE void load_words(const u64 *from, u64 words[2]) {
-    for (int i = 0; i < 2; i++) words[i] = __atomic_load_n(from + i, __ATOMIC_SEQ_CST);
-}
+DEVICE void store_to_host(u32 *to, u32 x) { __atomic_store_n(to, x, __ATOMIC_SEQ_CST); }
+DEVICE void fence_device() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+DEVICE void fence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+DEVICE u32 atomic_exchange(u32 *to, u32 x) { return __atomic_exchange_n(to, x, __ATOMIC_SEQ_CST); }
 DEVICE u32 await_word(const u64 *from, u32 number, HOIST_SITE) { return emulator::await_word(from, number, HOIST_HERE); }
+template <int N> DEVICE void await_words(const u64 *const (&from)[N], u32 number, u32 (&values)[N], HOIST_SITE) {
+    for (int i = 0; i < N; i++) values[i] = emulator::await_word(from[i], number, HOIST_HERE);
+}
+template <int N> DEVICE void await_pairs(const u64 *const (&from)[N], u32 number, u32 (&values)[N][2], HOIST_SITE) {
+    for (int i = 0; i < N; i++)
+        for (int k = 0; k < 2; k++) values[i][k] = emulator::await_word(from[i] + k, number, HOIST_HERE);
+}
 DEVICE void release_add(u32 *to, u32 x) { atomic_add_any(to, x); }
 DEVICE void await_at_least(const u32 *counter, u32 least, HOIST_SITE) { emulator::await_at_least(counter, least, HOIST_HERE); }
 
@@ -304,10 +312,27 @@ template <class T> DEVICE T shuffle_up(T x, u32 by, HOIST_SITE) {
     return shuffle_from(x, lane >= by ? lane - by : lane, "shuffle_up", HOIST_HERE);
 }
 
+DEVICE u32 largest_of_warp(u32 x, HOIST_SITE) {
+    const unsigned char *all = emulator::exchange(&x, sizeof x, "largest_of_warp", HOIST_HERE);
+    u32 most = 0;
+    for (int lane = 0; lane < 32; lane++) {
+        u32 y;
+        std::memcpy(&y, all + 32 * lane, sizeof y);
+        most = y > most ? y : most;
+    }
+    return most;
+}
+
 DEVICE void meet_warp(HOIST_SITE) { emulator::meet_warp(HOIST_HERE); }
 DEVICE void fence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 DEVICE void meet_block(HOIST_SITE) { emulator::meet_block(HOIST_HERE); }
 DEVICE bool any_of_block(bool x, HOIST_SITE) { return emulator::any_of_block(x, HOIST_HERE); }
+DEVICE u32 thread_now() { return threadIdx.x; }
+DEVICE u32 block_now() { return blockIdx.x; }
+template <int THREADS> DEVICE void meet_threads_at(u32 id, HOIST_SITE) {
+    static_assert(THREADS > 0 && THREADS % 32 == 0);
+    emulator::meet_threads((int)id, THREADS, HOIST_HERE);
+}
 template <int ID, int THREADS> DEVICE void meet_threads(HOIST_SITE) {
     static_assert(ID > 0 && ID < 16 && THREADS > 0 && THREADS % 32 == 0);
     emulator::meet_threads(ID, THREADS, HOIST_HERE);

@@ -80,10 +80,9 @@ impl<'a> DeviceWeight<'a> {
 }
 
 /// Whether a token of a program of the llama kind runs in one launch; any other program does not, whatever is asked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum OneLaunch {
     /// Operation by operation.
-    #[default]
     Off,
     /// In one launch, with a ring of at most so many slots.
     On {
@@ -93,7 +92,7 @@ pub(crate) enum OneLaunch {
 }
 
 impl OneLaunch {
-    /// The variable of the environment that turns it on for everything that is opened: an experiment, off by default.
+    /// The variable of the environment that turns it off, or on as it is by default, for everything that is opened.
     pub(crate) const VARIABLE: &str = "HOIST_CUDA_ONE_LAUNCH";
 
     /// What the environment asks for.
@@ -102,8 +101,8 @@ impl OneLaunch {
     /// [`Error::InvalidArgument`] unless the variable is 0 or 1, or not set.
     pub(crate) fn from_environment() -> Result<Self> {
         match std::env::var_os(Self::VARIABLE) {
-            None => Ok(Self::Off),
             Some(value) if value == "0" => Ok(Self::Off),
+            None => Ok(Self::On { most_slots: u32::MAX }),
             Some(value) if value == "1" => Ok(Self::On { most_slots: u32::MAX }),
             Some(value) => Err(Error::invalid(Self::VARIABLE, "0 or 1", value.to_string_lossy())),
         }
@@ -191,18 +190,15 @@ impl Engine {
                 &weight,
             )?,
         };
-        self.graph = Some(Graph::record(&self.stream, || {
-            self.upload_rows(1)?;
-            if let Some(persistent) = &persistent {
-                prepared.launch(&self.stream, &self.workspace, 0..persistent.before, 1, None, None)?;
-                persistent.launch(&self.stream)?;
-                prepared.arg_max(&self.stream, &self.workspace, 1)?;
-                return self.download(1);
-            }
-            self.body(&prepared, 1, None, None)?;
-            self.tail(&prepared, 1, None)?;
-            self.download(1)
-        })?);
+        self.graph = match persistent {
+            Some(_) => None,
+            None => Some(Graph::record(&self.stream, || {
+                self.upload_rows(1)?;
+                self.body(&prepared, 1, None, None)?;
+                self.tail(&prepared, 1, None)?;
+                self.download(1)
+            })?),
+        };
         self.persistent = persistent;
         self.program = Some(prepared);
         self.workspace.lengths.fill(0);
@@ -320,14 +316,11 @@ impl Engine {
             last = last.max(row.position);
         }
         let tokens = work.batch.len();
-        let recorded = self
-            .graph
-            .as_ref()
-            .filter(|_| marks.is_none() || self.persistent.is_some());
-        if let (1, 1, Some(graph)) = (tokens, wanted, recorded) {
-            if let Some(persistent) = &self.persistent {
-                persistent.count(&self.stream)?;
-            }
+        let recorded = self.graph.as_ref().filter(|_| marks.is_none());
+        if let (1, 1, Some(persistent)) = (tokens, wanted, &self.persistent) {
+            let row = rows[0];
+            persistent.run(&self.stream, &self.workspace, row)?;
+        } else if let (1, 1, Some(graph)) = (tokens, wanted, recorded) {
             graph.launch(&self.stream)?;
         } else {
             self.upload_rows(tokens)?;
@@ -343,10 +336,14 @@ impl Engine {
             }
             self.download(wanted)?;
         }
-        self.stream.synchronize()?;
+        if !(tokens == 1 && wanted == 1 && self.persistent.is_some()) {
+            self.stream.synchronize()?;
+        }
         let results: &[u32] = bytemuck::cast_slice(self.workspace.results.bytes());
         let (fault, ids) = (results[0], &results[1..=wanted]);
         if fault != NO_FAULT {
+            // SAFETY: the fault word is in the workspace's arena, which only this stream uses.
+            unsafe { self.stream.fill(self.workspace.fault, 0xff, 4) }?;
             let step = program.resolved.steps.get(fault as usize);
             return Err(Error::NonFinite {
                 op: step.map_or(OpName::Logits, |s| s.op),

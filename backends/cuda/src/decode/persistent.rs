@@ -6,15 +6,15 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hoist_backend::{
-    ActivationKind, Encoding, Error, KvDtype, PhaseTime, ResolvedProgram, Result, RopeStyle, Step, StepKind,
-    ValueKind, WeightClass, WeightId, WorkspaceDims,
+    ActivationKind, Encoding, Error, FloatLayout, KvDtype, PhaseTime, ResolvedProgram, Result, RopeStyle,
+    Step, StepKind, ValueKind, WeightClass, WeightId, WorkspaceDims,
 };
 
 use super::DeviceWeight;
-use super::params::CacheLayer;
+use super::params::{CacheLayer, Row};
 use super::workspace::{SPLIT, Workspace};
 use crate::driver::{Context, Stream};
 use crate::modules::{Function, Launch, Modules, arguments};
@@ -30,9 +30,11 @@ const VALUES: u32 = 32_768;
 /// warp which comes to another's slot could take the fill before last for its own.
 const WARPS: u32 = THREADS / 32;
 /// Bytes of a run in shared memory.
-const RUN: u32 = 24;
-/// Bytes of each block's weights that are brought into the second-level cache ahead of the ring.
-const AHEAD: u32 = 96 << 10;
+const RUN: u32 = 32;
+/// Descriptors of phases in shared memory.
+const DESCRIPTORS: u32 = 4;
+/// Where room for values begins in shared memory: behind descriptors, a scratch of 320 words and a barrier.
+const VALUES_AT: u32 = DESCRIPTORS * PHASE_BYTES as u32 + 320 * 4 + 16 + WARPS * 16;
 /// Phases of a layer, and of the logits.
 const LAYER_PHASES: u64 = 5;
 
@@ -62,7 +64,6 @@ struct StepMatrix {
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 struct Product {
     mail: u64,
-    plain: u64,
     norm: u64,
     prologue: u32,
     epilogue: u32,
@@ -71,7 +72,9 @@ struct Product {
     magic: u32,
     eps: f32,
     quantise_step: u32,
-    spread: u32,
+    stream: u32,
+    ordinal: u32,
+    pad: u32,
     matrix: [StepMatrix; 3],
 }
 
@@ -104,7 +107,7 @@ enum Phase {
     Attention(Attention),
 }
 
-const PHASE_BYTES: usize = 216;
+const PHASE_BYTES: usize = 224;
 
 impl Phase {
     fn bytes(&self) -> [u8; PHASE_BYTES] {
@@ -130,28 +133,86 @@ struct MatrixStream {
     pad: u32,
 }
 
+/// Where the parts of a block's shared memory begin that depend on the program, and where all ends.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct Places {
+    runs: u32,
+    full: u32,
+    sums: u32,
+    exponents: u32,
+    own: u32,
+    codes: u32,
+    meta: u32,
+    ring: u32,
+    end: u32,
+    pad: u32,
+}
+
+/// What shared memory is divided by.
+#[derive(Clone, Copy, Debug)]
+struct Extents {
+    streams: u32,
+    rows: u32,
+    exponents: u32,
+    own: u32,
+    segments: u32,
+}
+
+impl Places {
+    fn new(extents: Extents, slots: u32) -> Self {
+        let mut at = VALUES_AT + VALUES;
+        let mut part = |bytes: u32| {
+            let here = at;
+            at += bytes.next_multiple_of(16);
+            here
+        };
+        let mut places = Self {
+            runs: part(extents.streams * RUN),
+            full: part(slots * 8),
+            sums: part(extents.rows * 8),
+            exponents: part(extents.exponents * 2),
+            own: part(extents.own * 4),
+            codes: part(extents.segments * CODES),
+            meta: part(extents.segments * META),
+            ..Self::default()
+        };
+        places.ring = at.next_multiple_of(128);
+        places.end = places.ring + slots * SLOT;
+        places
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct StepParams {
     phases: u64,
     streams: u64,
-    row: u64,
     counters: u64,
     fault: u64,
     sums: u64,
     partial: u64,
-    embedded: u64,
+    segments: u64,
+    residual: u64,
+    bests: u64,
+    embedding: u64,
+    embedding_row_bytes: u64,
+    results: u64,
+    done: u64,
     times: u64,
     count: u32,
     stream_count: u32,
     splits: u32,
     slots: u32,
     row_limit: u32,
-    segment_limit: u32,
+    exponent_limit: u32,
     width: u32,
-    own_limit: u32,
-    ahead: u32,
-    pad: u32,
+    embedding_coding: u32,
+    token: u32,
+    sequence: u32,
+    position: u32,
+    step: u32,
+    at: Places,
 }
 
 const _: () = {
@@ -159,7 +220,7 @@ const _: () = {
     assert!(size_of::<Product>() == 200);
     assert!(size_of::<Attention>() == 96);
     assert!(size_of::<MatrixStream>() == 24);
-    assert!(size_of::<StepParams>() == 112);
+    assert!(size_of::<StepParams>() == 200);
 };
 
 /// Where the parts of a workspace's control memory begin.
@@ -172,8 +233,15 @@ struct Control {
     mail: u64,
     sums: u64,
     partial: u64,
+    segments: u64,
+    bests: u64,
     end: u64,
 }
+
+/// Words of a quantised segment's mail.
+const SEGMENT_WORDS: u64 = 84;
+/// Most blocks, each of which sends its best logit in two words.
+const MOST_BLOCKS: u32 = 1024;
 
 /// Bytes of the counters, which come first.
 const COUNTER_BYTES: u64 = 256;
@@ -209,10 +277,12 @@ impl Control {
         Some(Self {
             phases: part(phases.checked_mul(PHASE_BYTES as u64))?,
             streams: part(streams.checked_mul(size_of::<MatrixStream>() as u64))?,
-            times: part(phases.checked_mul(8 * POINTS).and_then(|n| n.checked_add(16)))?,
+            times: part(phases.checked_mul(8 * POINTS).and_then(|n| n.checked_add(32)))?,
             mail: part(mail.checked_mul(8))?,
             sums: part(heads.checked_mul(splits).and_then(|n| n.checked_mul(16)))?,
             partial: part(widest.checked_mul(splits).and_then(|n| n.checked_mul(8)))?,
+            segments: part(Some(widest.div_ceil(256) * SEGMENT_WORDS * 8))?,
+            bests: part(Some(u64::from(MOST_BLOCKS) * 16))?,
             end: part(Some(0))?,
         })
     }
@@ -222,6 +292,11 @@ impl Control {
 pub(super) fn control_bytes(dims: &WorkspaceDims) -> Option<u64> {
     Control::new(dims).map(|control| control.end)
 }
+
+/// Looks at a step's last word between looks at the clock.
+const SPINS: u32 = 64;
+/// How long it is looked at before the driver is asked to wait: longer than most steps take.
+const PATIENCE: Duration = Duration::from_millis(20);
 
 /// Steps after which mail is emptied and numbers start again, long before they come round.
 const NUMBERED_STEPS: u32 = 1 << 20;
@@ -238,8 +313,14 @@ pub(super) struct Persistent {
     steps: Cell<u32>,
     /// What each phase is: its name, its layer, the bytes of its weights.
     described: Vec<(&'static str, Option<u32>, u64)>,
-    /// Steps before the launch: the embedding.
-    pub(super) before: usize,
+}
+
+/// Where a token's first values come from.
+#[derive(Clone, Copy, Debug)]
+struct Embedding {
+    ptr: u64,
+    row_bytes: u64,
+    coding: u32,
 }
 
 /// Walks over the operations of a program.
@@ -256,10 +337,13 @@ struct Matcher<'a, W> {
     described: Vec<(&'static str, Option<u32>, u64)>,
     /// The layer in hand.
     layer: Option<u32>,
-    /// Most rows of a block in a phase, most segments of an input, and most bytes for attention.
+    /// Most rows of a block in a phase of a layer, its rows of the logits, most segments of an input, and most bytes for
+    /// attention.
     rows: u32,
+    logits_rows: u32,
     segments: u32,
     attention_bytes: u32,
+    products: u32,
     /// The residual stream, which the embedding writes.
     embedded: usize,
 }
@@ -277,17 +361,6 @@ fn coding(encoding: Encoding) -> Option<u32> {
 
 /// Bytes of a segment of an encoding, and segments of a piece.
 const PIECES: [(u32, u32); 4] = [(144, 32), (176, 26), (210, 21), (272, 17)];
-
-/// How many lanes share a segment, for a phase of so many pieces a block: more where warps would be idle.
-fn spread(pieces: u32) -> u32 {
-    // Rounds of pieces, times what a piece costs a warp relative to one lane for each segment.
-    let cost = |lanes: u32, share: u32| pieces.div_ceil(WARPS / lanes) * share;
-    let costs = [(1, cost(1, 100)), (2, cost(2, 60)), (4, cost(4, 40))];
-    costs
-        .into_iter()
-        .min_by_key(|(_, cost)| *cost)
-        .map_or(1, |(lanes, _)| lanes)
-}
 
 /// A vector as integers: the value it came from and the step that made it.
 struct Quantised {
@@ -393,13 +466,14 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         if base.prologue == NORM && from.cols * 4 > VALUES as usize {
             return None;
         }
-        let (mut pieces, mut bytes) = (0, 0);
+        let mut bytes = 0;
+        let stream = u32::try_from(self.streams.len()).ok()?;
         for matrix in matrices {
             let (segment_bytes, piece) = PIECES[matrix.coding as usize];
             let row_bytes = segments.checked_mul(segment_bytes)?;
             matrix.rows.div_ceil(self.blocks).checked_mul(row_bytes)?;
+            matrix.rows.checked_mul(self.blocks)?;
             bytes += u64::from(matrix.rows) * u64::from(row_bytes);
-            pieces += (matrix.rows.div_ceil(self.blocks) * segments).div_ceil(piece);
             self.streams.push(MatrixStream {
                 weight: matrix.weight,
                 rows: matrix.rows,
@@ -409,21 +483,27 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             });
         }
         let mut product = Product {
-            mail: if base.plain == 0 { self.mail(from.input) } else { 0 },
+            mail: self.mail(from.input),
             matrices: matrices.len() as u32,
             segments,
             magic: (1u64 << 32).div_ceil(segments.into()).min(u32::MAX.into()) as u32,
             quantise_step: from.step,
-            spread: spread(pieces),
+            stream,
+            ordinal: self.products,
             ..base
         };
         if base.mail != 0 {
             product.mail = base.mail;
         }
         product.matrix[..matrices.len()].copy_from_slice(matrices);
+        self.products += 1;
         self.phases.push(Phase::Product(product));
         self.described.push((name, self.layer, bytes));
-        self.rows = self.rows.max(rows);
+        if base.epilogue == LOGITS {
+            self.logits_rows = rows;
+        } else {
+            self.rows = self.rows.max(rows);
+        }
         self.segments = self.segments.max(segments);
         Some(())
     }
@@ -477,11 +557,8 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         }
     }
 
-    fn layer(&mut self, x: usize, first: bool) -> Option<()> {
-        let (input, mut base) = self.normed(x)?;
-        if first {
-            base.plain = self.ptr(x);
-        }
+    fn layer(&mut self, x: usize) -> Option<()> {
+        let (input, base) = self.normed(x)?;
         let [(q, wq), (k, wk), (v, wv)] = [
             self.product(&input)?,
             self.product(&input)?,
@@ -543,7 +620,7 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             capped: soft_cap.is_some().into(),
             store_step,
         }));
-        self.attention_bytes = self.attention_bytes.max((4 * cached + 2 * SPLIT) * 4);
+        self.attention_bytes = self.attention_bytes.max((4 * cached + 4 * SPLIT) * 4);
         let input = self.quantise(attended)?;
         let (branch, wo) = self.product(&input)?;
         self.added(x, branch)?;
@@ -590,14 +667,32 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
         self.push("down", &input, &[to(wd, at_x)], residual(PLAIN))
     }
 
-    /// All phases; the number of steps before them.
-    fn program(&mut self, layers: usize, logits: usize) -> Option<usize> {
-        let StepKind::Embed { out: x, .. } = *self.next()?.1 else {
+    /// All phases; the embedding.
+    fn program(&mut self, layers: usize, logits: usize) -> Option<Embedding> {
+        let StepKind::Embed { weight, out: x, .. } = *self.next()?.1 else {
             return None;
         };
+        let matrix = (self.weight)(WeightId(weight as u32)).ok()?;
+        let width = self.work.values[x].width;
+        let embedding = Embedding {
+            ptr: matrix.ptr,
+            row_bytes: matrix.encoding.row_bytes(matrix.shape.cols).ok()?,
+            coding: coding(matrix.encoding).or(match matrix.encoding {
+                Encoding::F16 => Some(4),
+                Encoding::BF16 => Some(5),
+                Encoding::F32 => Some(6),
+                _ => None,
+            })?,
+        };
+        let fits = matrix.shape.matrices == 1
+            && matrix.shape.cols == u64::from(width)
+            && (matrix.class == WeightClass::Quantized || matrix.layout == FloatLayout::OutIn);
+        if !fits || !width.is_multiple_of(32) {
+            return None;
+        }
         for layer in 0..layers {
             self.layer = u32::try_from(layer).ok();
-            self.layer(x, layer == 0)?;
+            self.layer(x)?;
         }
         self.layer = None;
         let (input, base) = self.normed(x)?;
@@ -619,7 +714,7 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             },
         )?;
         self.embedded = x;
-        Some(1)
+        Some(embedding)
     }
 }
 
@@ -640,7 +735,7 @@ impl Persistent {
         if context.device.capability < (9, 0) || work.dims.capacity.kv != KvDtype::F16 {
             return Ok(None);
         }
-        let blocks = context.device.multiprocessors;
+        let blocks = context.device.multiprocessors.min(MOST_BLOCKS);
         let control = Control::new(&work.dims)
             .ok_or_else(|| Error::internal(crate::NAME, "a workspace past 2^64 bytes was taken"))?;
         let mut matcher = Matcher {
@@ -656,35 +751,51 @@ impl Persistent {
             described: Vec::new(),
             layer: None,
             rows: 0,
+            logits_rows: 0,
             segments: 0,
             attention_bytes: 0,
+            products: 0,
             embedded: 0,
         };
-        let Some(before) = matcher.program(work.dims.kv.len(), resolved.logits) else {
+        let Some(embedding) = matcher.program(work.dims.kv.len(), resolved.logits) else {
             return Ok(None);
         };
         let segment_limit = matcher.segments.max(matcher.attention_bytes.div_ceil(CODES));
-        let row_limit = matcher.rows.next_multiple_of(8);
+        // Phases of layers take turns with two halves.
+        let row_limit = (2 * matcher.rows.next_multiple_of(4))
+            .max(matcher.logits_rows)
+            .next_multiple_of(8);
+        // Exponents are copied in pairs, of up to three matrices; each of four phases has a place, the logits one and a half.
+        let exponent_limit = (matcher.rows + 6)
+            .max(matcher.logits_rows + 2)
+            .next_multiple_of(2);
         let stream_count = matcher.streams.len() as u32;
         let embedded = work.values[matcher.embedded];
+        let residual = matcher.mail(matcher.embedded);
         let own_limit = embedded.width.div_ceil(blocks).next_multiple_of(4);
-        // Everything but the ring and its barriers, as the kernel lays it out; 128 for its alignment.
-        let fixed = (stream_count * RUN).next_multiple_of(16)
-            + 2 * 224
-            + 320 * 4
-            + row_limit * 10
-            + own_limit * 4
-            + segment_limit * (CODES + META)
-            + VALUES
-            + 128;
+        let extents = Extents {
+            streams: stream_count,
+            rows: row_limit,
+            exponents: 4 * exponent_limit + 4,
+            own: own_limit,
+            segments: segment_limit,
+        };
         // The kernel's own static shared memory counts too.
         let shared = context.device.shared_memory_optin.saturating_sub(256);
-        let slots = (shared.saturating_sub(fixed) / (SLOT + 12)).min(most_slots) / WARPS * WARPS;
+        let left = shared.saturating_sub(Places::new(extents, 0).end);
+        let fitting = |slots: &u32| Places::new(extents, *slots).end <= shared;
+        let most = (left / SLOT).min(most_slots) / WARPS * WARPS;
+        let slots = (0..=most)
+            .rev()
+            .step_by(WARPS as usize)
+            .find(fitting)
+            .unwrap_or(0);
         if slots == 0 {
             return Ok(None);
         }
         let function = modules.function("step", "decode_step")?;
-        let bytes = fixed + slots * (SLOT + 12);
+        let places = Places::new(extents, slots);
+        let bytes = places.end;
         function.allow_shared(bytes)?;
         if function.blocks_per_multiprocessor(THREADS, bytes)? == 0 {
             return Ok(None);
@@ -705,23 +816,31 @@ impl Persistent {
             params: StepParams {
                 phases: base + control.phases,
                 streams: base + control.streams,
-                row: work.rows,
                 counters: base,
                 fault: work.fault,
                 sums: base + control.sums,
                 partial: base + control.partial,
-                embedded: embedded.ptr,
+                segments: base + control.segments,
+                residual,
+                bests: base + control.bests,
+                embedding: embedding.ptr,
+                embedding_row_bytes: embedding.row_bytes,
+                results: work.results.as_ptr() as u64,
+                done: work.done_address(),
                 times: base + control.times,
                 count: matcher.phases.len() as u32,
                 stream_count,
                 splits: work.dims.capacity.max_context.div_ceil(SPLIT),
                 slots,
                 row_limit,
-                segment_limit,
+                exponent_limit,
                 width: embedded.width,
-                own_limit,
-                ahead: AHEAD / SLOT,
-                pad: 0,
+                embedding_coding: embedding.coding,
+                token: 0,
+                sequence: 0,
+                position: 0,
+                step: 0,
+                at: places,
             },
             numbered: [
                 (base, COUNTER_BYTES as usize),
@@ -729,10 +848,12 @@ impl Persistent {
             ],
             steps: Cell::new(0),
             described: matcher.described,
-            before,
         };
         this.empty(stream)?;
+        // SAFETY: the fault word is in the workspace's arena, which only this stream uses.
+        unsafe { stream.fill(work.fault, 0xff, 4) }?;
         stream.synchronize()?;
+        work.forget_done();
         Ok(Some(this))
     }
 
@@ -746,19 +867,10 @@ impl Persistent {
         Ok(())
     }
 
-    /// To be called before each launch of what [`Persistent::launch`] has recorded.
-    pub(super) fn count(&self, stream: &Stream) -> Result<()> {
-        if self.steps.get() == NUMBERED_STEPS {
-            self.empty(stream)?;
-        }
-        self.steps.set(self.steps.get() + 1);
-        Ok(())
-    }
-
     /// Where the last launch's time went, by the clock of the first block's multiprocessor. The stream must have passed it.
     pub(super) fn phases(&self, stream: &Stream, phases: &mut Vec<PhaseTime>) -> Result<()> {
         let points = POINTS as usize;
-        let mut times = vec![0u64; self.described.len() * points + 2];
+        let mut times = vec![0u64; self.described.len() * points + 3];
         // SAFETY: pageable memory; as many times as `Control` has counted.
         unsafe { stream.copy_dtoh(bytemuck::cast_slice_mut(&mut times), self.params.times) }?;
         stream.synchronize()?;
@@ -766,7 +878,13 @@ impl Persistent {
         let (Some(first), Some(last)) = (clocks.first(), clocks.last()) else {
             return Ok(());
         };
-        let nanos = ends[1].saturating_sub(ends[0]) as f64 / last.saturating_sub(*first).max(1) as f64;
+        let nanos = ends[1].saturating_sub(ends[0]) as f64 / last.saturating_sub(ends[2]).max(1) as f64;
+        phases.push(PhaseTime {
+            name: "start".into(),
+            layer: None,
+            time: Duration::from_nanos((first.saturating_sub(ends[2]) as f64 * nanos) as u64),
+            weight_bytes: 0,
+        });
         for ((name, layer, bytes), clock) in self.described.iter().zip(clocks.chunks_exact(points)) {
             let mut add = |part: &str, from: u64, to: u64, weight_bytes: u64| {
                 phases.push(PhaseTime {
@@ -787,12 +905,37 @@ impl Persistent {
         Ok(())
     }
 
-    /// Enqueues everything behind the embedding.
-    pub(super) fn launch(&self, stream: &Stream) -> Result<()> {
-        let params = self.params;
+    /// Runs a token's step. Then the workspace's results are the fault word and the arg-max.
+    pub(super) fn run(&self, stream: &Stream, work: &Workspace, row: Row) -> Result<()> {
+        self.launch(stream, row)?;
+        // The word comes some microseconds before the driver knows that the kernel has ended.
+        let (started, step) = (Instant::now(), self.steps.get());
+        loop {
+            if (0..SPINS).any(|_| work.done() == step) {
+                return Ok(());
+            }
+            if started.elapsed() > PATIENCE {
+                return stream.synchronize();
+            }
+        }
+    }
+
+    fn launch(&self, stream: &Stream, row: Row) -> Result<()> {
+        if self.steps.get() == NUMBERED_STEPS {
+            self.empty(stream)?;
+        }
+        self.steps.set(self.steps.get() + 1);
+        let params = StepParams {
+            token: row.token,
+            sequence: row.sequence,
+            position: row.position,
+            step: self.steps.get(),
+            ..self.params
+        };
         let mut arguments = arguments![params];
-        // SAFETY: the kernel takes this struct; its addresses are of weights, which stay while the engine lives, and of
-        // the workspace, which only this stream uses; the matcher has checked that shapes fit each other.
+        // SAFETY: the kernel takes this struct; its addresses are of weights, which stay while the engine lives, of the
+        // workspace, which only this stream uses, and of the workspace's page-locked results; the matcher has checked that
+        // shapes fit each other.
         unsafe { self.function.launch(stream, self.launch, &mut arguments) }
     }
 }

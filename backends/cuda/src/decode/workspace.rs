@@ -239,13 +239,39 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
+    /// Where a step in one launch says that it is over: the last word of the results.
+    fn done_word(&self) -> *mut u32 {
+        let words = self.results.bytes().len() / 4;
+        // SAFETY: within the buffer, which has room for the fault word, an id at least and this word.
+        unsafe { self.results.as_ptr().cast::<u32>().add(words - 1) }
+    }
+
+    /// Its address, for the device.
+    pub(super) fn done_address(&self) -> u64 {
+        self.done_word() as u64
+    }
+
+    /// What it says. What the device has written before is there too.
+    pub(super) fn done(&self) -> u32 {
+        // SAFETY: within the buffer and aligned; the device writes it whole.
+        let done = unsafe { self.done_word().read_volatile() };
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        done
+    }
+
+    /// Forgets what it says; no step may be under way.
+    pub(super) fn forget_done(&self) {
+        // SAFETY: as above, and nobody else writes it.
+        unsafe { self.done_word().write_volatile(0) };
+    }
+
     pub(super) fn new(context: &Arc<Context>, dims: &WorkspaceDims) -> Result<Self> {
         let (layout, bytes) = layout(dims)?;
         let kv = DeviceBuffer::new(context, "keys and values", bytes.kv)?;
         let arena = DeviceBuffer::new(context, "the workspace", bytes.workspace)?;
         let tokens = dims.capacity.max_batch_tokens as usize;
         let staging = PinnedBuffer::new(context, "a batch", tokens * (size_of::<Row>() + 4))?;
-        let results = PinnedBuffer::new(context, "arg-max ids", (tokens + 1) * 4)?;
+        let results = PinnedBuffer::new(context, "arg-max ids", (tokens + 2) * 4)?;
         let mut next = arena.ptr();
         let mut places = layout.parts().map(|n| {
             let at = next;
