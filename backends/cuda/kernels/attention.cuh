@@ -1,4 +1,4 @@
-// Stored keys and values, and what attention takes.
+// Positions, stored keys and values, and what attention takes.
 #pragma once
 
 #include "decode.cuh"
@@ -67,6 +67,57 @@ static_assert(sizeof(AttentionParams) == 104);
 /// The first position that a token sees.
 DEVICE u32 first_visible(const AttentionParams &p, u32 position) {
     return p.window && p.window <= position ? position + 1 - p.window : 0;
+}
+
+struct RopeParams {
+    float *value;
+    const float *table;
+    const Row *rows;
+    u32 width, head_dim, n_rot, half_split;
+};
+static_assert(sizeof(RopeParams) == 40);
+
+/// By the block of a token; a thread turns pairs.
+DEVICE void turn(const RopeParams &p, u32 token) {
+    const float *table = p.table + (size_t)p.rows[token].position * p.n_rot;
+    float *value = p.value + (size_t)token * p.width;
+    u32 pairs = p.n_rot / 2;
+    for (u32 i = threadIdx.x; i < p.width / p.head_dim * pairs; i += blockDim.x) {
+        u32 head = i / pairs, j = i % pairs;
+        float *x = value + head * p.head_dim;
+        float *a = x + (p.half_split ? j : 2 * j), *b = x + (p.half_split ? j + pairs : 2 * j + 1);
+        float x0 = *a, x1 = *b, c = table[2 * j], s = table[2 * j + 1];
+        *a = fma(x0, c, -mul(x1, s));
+        *b = fma(x0, s, mul(x1, c));
+    }
+}
+
+struct StoreParams {
+    CacheLayer cache;
+    const float *key, *value;
+    const Row *rows;
+    u32 *fault;
+    u32 step;
+};
+static_assert(sizeof(StoreParams) == 64);
+
+/// By the block of a token.
+template <class K> DEVICE void store_kv(const StoreParams &p, u32 token) {
+    const Row &row = p.rows[token];
+    const CacheLayer &c = p.cache;
+    u32 width = c.kv_heads * c.head_dim;
+    bool finite = true;
+    for (u32 i = threadIdx.x; i < width; i += blockDim.x) {
+        u32 head = i / c.head_dim, element = i % c.head_dim;
+        typename K::T *keys = keys_of<K>(c, row.sequence, head), *values = keys + (size_t)c.padded * c.positions;
+        typename K::T k = K::narrow(p.key[(size_t)token * width + i]);
+        typename K::T v = K::narrow(p.value[(size_t)token * width + i]);
+        // A failed step must leave numbers in the cache.
+        if (K::finite(k)) keys[key_at(c, row.position, element)] = k;
+        if (K::finite(v)) values[(size_t)row.position * c.padded + element] = v;
+        finite = finite && K::finite(k) && K::finite(v);
+    }
+    if (!finite) report(p.fault, p.step);
 }
 
 } // namespace hoist

@@ -226,59 +226,10 @@ FLOAT_MATMUL(bf16, BF16)
 
 // ---- rope, keys and values, attention ----
 
-struct RopeParams {
-    float *value;
-    const float *table;
-    const Row *rows;
-    u32 width, head_dim, n_rot, half_split;
-};
-static_assert(sizeof(RopeParams) == 40);
+extern "C" __global__ void rope(const __grid_constant__ RopeParams p) { turn(p, blockIdx.x); }
 
-/// One block a token; a thread turns pairs.
-extern "C" __global__ void rope(const __grid_constant__ RopeParams p) {
-    const float *table = p.table + (size_t)p.rows[blockIdx.x].position * p.n_rot;
-    float *value = p.value + (size_t)blockIdx.x * p.width;
-    u32 pairs = p.n_rot / 2;
-    for (u32 i = threadIdx.x; i < p.width / p.head_dim * pairs; i += blockDim.x) {
-        u32 head = i / pairs, j = i % pairs;
-        float *x = value + head * p.head_dim;
-        float *a = x + (p.half_split ? j : 2 * j), *b = x + (p.half_split ? j + pairs : 2 * j + 1);
-        float x0 = *a, x1 = *b, c = table[2 * j], s = table[2 * j + 1];
-        *a = fma(x0, c, -mul(x1, s));
-        *b = fma(x0, s, mul(x1, c));
-    }
-}
-
-struct StoreParams {
-    CacheLayer cache;
-    const float *key, *value;
-    const Row *rows;
-    u32 *fault;
-    u32 step;
-};
-static_assert(sizeof(StoreParams) == 64);
-
-/// One block a token.
-template <class K> DEVICE void store_kv(const StoreParams &p) {
-    const Row &row = p.rows[blockIdx.x];
-    const CacheLayer &c = p.cache;
-    u32 width = c.kv_heads * c.head_dim;
-    bool finite = true;
-    for (u32 i = threadIdx.x; i < width; i += blockDim.x) {
-        u32 head = i / c.head_dim, element = i % c.head_dim;
-        typename K::T *keys = keys_of<K>(c, row.sequence, head), *values = keys + (size_t)c.padded * c.positions;
-        typename K::T k = K::narrow(p.key[(size_t)blockIdx.x * width + i]);
-        typename K::T v = K::narrow(p.value[(size_t)blockIdx.x * width + i]);
-        // A failed step must leave numbers in the cache.
-        if (K::finite(k)) keys[key_at(c, row.position, element)] = k;
-        if (K::finite(v)) values[(size_t)row.position * c.padded + element] = v;
-        finite = finite && K::finite(k) && K::finite(v);
-    }
-    if (!finite) report(p.fault, p.step);
-}
-
-extern "C" __global__ void store_kv_f16(const __grid_constant__ StoreParams p) { store_kv<KvF16>(p); }
-extern "C" __global__ void store_kv_f32(const __grid_constant__ StoreParams p) { store_kv<KvF32>(p); }
+extern "C" __global__ void store_kv_f16(const __grid_constant__ StoreParams p) { store_kv<KvF16>(p, blockIdx.x); }
+extern "C" __global__ void store_kv_f32(const __grid_constant__ StoreParams p) { store_kv<KvF32>(p, blockIdx.x); }
 
 /// Query heads of one key/value head that a block takes at once.
 constexpr int HEADS = 4;

@@ -6,70 +6,96 @@
 
 namespace hoist {
 
-// ---- packing quantised vectors into tiles ----
+// ---- quantised vectors in tiles ----
+
+/// Where a quantised vector goes. What is null is not wanted.
+struct TilesParams {
+    /// [tokens / 8][segments] tiles, of each form, and E_a of each token, of whole tiles.
+    u8 *plain, *folded, *halved;
+    int *plain_exponents, *folded_exponents, *halved_exponents;
+};
+
+/// The tiles of a segment of eight tokens, and this token's place in them.
+struct Records {
+    u8 *plain, *folded, *halved;
+    u32 token;
+
+    DEVICE Records of(const TilesParams &p, u32 token, u32 segments, u32 s) {
+        size_t at = (size_t)(token >> 3) * segments + s;
+        return Records{p.plain ? p.plain + at * TILE : nullptr, p.folded ? p.folded + at * FOLDED_TILE : nullptr,
+                       p.halved ? p.halved + at * HALVED_TILE : nullptr, token & 7};
+    }
+};
+
+/// All of a token's segment but its scale, by a warp; `sum` is that of a block of 32.
+DEVICE void write_integers(const Records &to, const Integers &x, int sum) {
+    u32 lane = threadIdx.x & 31, j = lane >> 2, t = lane & 3, token = to.token;
+    int us = x.u * sum;
+    if (to.plain) {
+        u8 *record = to.plain + token * RECORD;
+        *(uint2 *)(record + 64 * (j >> 1) + 16 * t + 8 * (j & 1)) = make_uint2(x.words[0], x.words[1]);
+        int all = t == 0 ? x.u : 0;
+        for (int h = 1; h < 32; h <<= 1) all += shuffle_xor(all, h);
+        if (t == 0) {
+            int high = us >> 7;
+            record[AT_LO + j] = us & 127;
+            record[AT_B + j] = high & 3;
+            record[AT_A + j] = (u8)(high >> 2);
+            ((int *)(record + AT_SUMS))[j] = us;
+            ((int *)(to.plain + AT_FACTORS))[(j >> 1) * 16 + (token >> 1) * 4 + (j & 1) * 2 + (token & 1)] = x.u;
+        }
+        if (lane == 0) ((u32 *)(to.plain + AT_STARTS))[token] = 0u - MAGIC_BITS * (u32)all;
+    }
+    if (to.folded) {
+        u8 *record = to.folded + token * FOLDED_RECORD;
+        u32 high[2] = {0, 0}, low[2] = {0, 0};
+        for (int i = 0; i < 8; i++) {
+            int product = x.u * (i8)(x.words[i >> 2] >> 8 * (i & 3));
+            high[i >> 2] |= (u32)(product >> 4 & 255) << 8 * (i & 3), low[i >> 2] |= (u32)(product & 15) << 8 * (i & 3);
+        }
+        *(uint4 *)(record + 16 * lane) = uint4{high[0], high[1], low[0], low[1]};
+        if (t == 0) {
+            record[FOLDED_LO + j] = us & 127;
+            record[FOLDED_B + j] = us >> 7 & 3;
+            record[FOLDED_A + j] = (u8)(us >> 9);
+        }
+    }
+    if (to.halved) {
+        u8 *record = to.halved + token * HALVED_RECORD;
+        // Elements 8t … 8t + 7 are two fours of one half: those of the lanes 2t and 2t + 1, modulo 4.
+        for (u32 i = 0; i < 2; i++)
+            *(u32 *)(record + 64 * (j >> 1) + 16 * (2 * (t & 1) + i) + 8 * (j & 1) + 4 * (t >> 1)) = x.words[i];
+        if (t == 0) ((int *)(to.halved + HALVED_FACTORS))[(j >> 1) * 16 + (token >> 1) * 4 + (j & 1) * 2 + (token & 1)] = x.u;
+    }
+}
+
+/// The scale of a token's segment, under the vector's exponent.
+DEVICE void write_scale(const Records &to, int m, int e, int largest) {
+    double scale = product_f64((double)m, power_f64(e - largest));
+    if (to.plain) *(int2 *)(to.plain + to.token * RECORD + AT_SCALE) = make_int2(m, largest - e);
+    if (to.folded) *(double *)(to.folded + to.token * FOLDED_RECORD + FOLDED_SCALE) = scale;
+    if (to.halved) *(double *)(to.halved + to.token * HALVED_RECORD + HALVED_SCALE) = scale;
+}
+
+DEVICE void write_exponent(const TilesParams &p, u32 token, int largest) {
+    if (p.plain) p.plain_exponents[token] = largest;
+    if (p.folded) p.folded_exponents[token] = largest;
+    if (p.halved) p.halved_exponents[token] = largest;
+}
 
 struct PackParams {
     /// [tokens][segments]
     const Segment *x;
-    /// [tokens / 8][segments] tiles, and E_a of each token, of whole tiles.
-    u8 *tiles;
-    int *vector_exponents;
+    TilesParams tiles;
     u32 segments, tokens;
 };
-static_assert(sizeof(PackParams) == 32);
+static_assert(sizeof(PackParams) == 64);
 
 /// Segments that a block packs.
 constexpr u32 PACKED_SEGMENTS = 4;
 
-/// What the kernels of products read of a token's segment; a warp's lanes hold eight codes each, in order, and the sum and u
-/// of their block.
-DEVICE void write_record(u8 *tile, u32 token, uint2 codes, int sum, int u, int m, int shift) {
-    u32 lane = threadIdx.x & 31, j = lane >> 2, t = lane & 3;
-    u8 *record = tile + token * RECORD;
-    *(uint2 *)(record + 64 * (j >> 1) + 16 * t + 8 * (j & 1)) = codes;
-    int us = u * sum, all = t == 0 ? u : 0;
-    for (int h = 1; h < 32; h <<= 1) all += shuffle_xor(all, h);
-    if (t == 0) {
-        int high = us >> 7;
-        record[AT_LO + j] = us & 127;
-        record[AT_B + j] = high & 3;
-        record[AT_A + j] = (u8)(high >> 2);
-        ((int *)(record + AT_SUMS))[j] = us;
-        ((int *)(tile + AT_FACTORS))[(j >> 1) * 16 + (token >> 1) * 4 + (j & 1) * 2 + (token & 1)] = u;
-    }
-    if (lane == 0) {
-        *(int2 *)(record + AT_SCALE) = make_int2(m, shift);
-        ((u32 *)(tile + AT_STARTS))[token] = 0u - MAGIC_BITS * (u32)all;
-    }
-}
-
 /// A block packs a few segments of eight tokens, one a warp.
 extern "C" __global__ void __launch_bounds__(256) pack(const __grid_constant__ PackParams p) {
-    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, token = blockIdx.x * 8 + warp;
-    bool here = token < p.tokens;
-    const Segment *x = p.x + (size_t)token * p.segments;
-    int largest = -133;
-    if (here)
-        for (u32 s = lane; s < p.segments; s += 32) largest = max(largest, x[s].e);
-    for (int h = 16; h > 0; h >>= 1) largest = max(largest, shuffle_xor(largest, h));
-    if (blockIdx.y == 0 && lane == 0) p.vector_exponents[token] = largest;
-    u32 first = blockIdx.y * PACKED_SEGMENTS, end = min(first + PACKED_SEGMENTS, p.segments);
-    for (u32 s = first; s < end; s++) {
-        u8 *tile = p.tiles + ((size_t)blockIdx.x * p.segments + s) * TILE;
-        if (here) {
-            const Segment &from = x[s];
-            u32 j = lane >> 2;
-            write_record(tile, warp, *(const uint2 *)(from.q + 8 * lane), from.s[2 * j] + from.s[2 * j + 1], from.u[j], from.m,
-                         largest - from.e);
-        } else {
-            // A token that is none: zeros.
-            write_record(tile, warp, make_uint2(0, 0), 0, 1, 0, 0);
-        }
-    }
-}
-
-/// The same for the products of prefill_k.cuh.
-extern "C" __global__ void __launch_bounds__(256) pack_folded(const __grid_constant__ PackParams p) {
     u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, j = lane >> 2, token = blockIdx.x * 8 + warp;
     bool here = token < p.tokens;
     const Segment *x = p.x + (size_t)token * p.segments;
@@ -77,111 +103,183 @@ extern "C" __global__ void __launch_bounds__(256) pack_folded(const __grid_const
     if (here)
         for (u32 s = lane; s < p.segments; s += 32) largest = max(largest, x[s].e);
     for (int h = 16; h > 0; h >>= 1) largest = max(largest, shuffle_xor(largest, h));
-    if (blockIdx.y == 0 && lane == 0) p.vector_exponents[token] = largest;
+    if (blockIdx.y == 0 && lane == 0) write_exponent(p.tiles, token, largest);
     u32 first = blockIdx.y * PACKED_SEGMENTS, end = min(first + PACKED_SEGMENTS, p.segments);
     for (u32 s = first; s < end; s++) {
-        u8 *record = p.tiles + ((size_t)blockIdx.x * p.segments + s) * FOLDED_TILE + warp * FOLDED_RECORD;
-        uint2 codes = make_uint2(0, 0);
-        int u = 0, sum = 0, m = 0, e = largest;
+        // A token that is none: zeros.
+        Integers of = {{0, 0}, 0, 1, 0, largest};
         if (here) {
             const Segment &from = x[s];
-            codes = *(const uint2 *)(from.q + 8 * lane);
-            u = from.u[j], sum = from.s[2 * j] + from.s[2 * j + 1], m = from.m, e = from.e;
+            uint2 codes = *(const uint2 *)(from.q + 8 * lane);
+            of = Integers{{codes.x, codes.y}, from.s[2 * j] + from.s[2 * j + 1], from.u[j], from.m, from.e};
         }
-        u32 high[2] = {0, 0}, low[2] = {0, 0};
-        for (int i = 0; i < 8; i++) {
-            int product = u * (i8)((i < 4 ? codes.x : codes.y) >> 8 * (i & 3));
-            high[i >> 2] |= (u32)(product >> 4 & 255) << 8 * (i & 3), low[i >> 2] |= (u32)(product & 15) << 8 * (i & 3);
-        }
-        *(uint4 *)(record + 16 * lane) = uint4{high[0], high[1], low[0], low[1]};
-        if ((lane & 3) == 0) {
-            int product = u * sum;
-            record[FOLDED_LO + j] = product & 127;
-            record[FOLDED_B + j] = product >> 7 & 3;
-            record[FOLDED_A + j] = (u8)(product >> 9);
-        }
-        if (lane == 0) *(double *)(record + FOLDED_SCALE) = product_f64((double)m, power_f64(e - largest));
+        Records to = Records::of(p.tiles, token, p.segments, s);
+        write_integers(to, of, of.sum);
+        if (lane == 0) write_scale(to, of.m, of.e, largest);
     }
 }
 
-/// The same, halved.
-extern "C" __global__ void __launch_bounds__(256) pack_halved(const __grid_constant__ PackParams p) {
-    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, j = lane >> 2, t = lane & 3, token = blockIdx.x * 8 + warp;
+// ---- vectors that only products read, straight to integers ----
+
+struct IntegersParams {
+    /// [tokens][segments], where no tile is wanted.
+    Segment *out;
+    TilesParams tiles;
+    u32 *fault;
+    u32 step, cols, segments, tokens;
+};
+static_assert(sizeof(IntegersParams) == 80);
+
+/// Segments of the longest vector.
+constexpr u32 MOST_SEGMENTS = 512;
+
+/// Significands and exponents of a vector's segments.
+struct SegmentScales {
+    int m[MOST_SEGMENTS], e[MOST_SEGMENTS];
+};
+
+/// Quantises a token's vector by a block of whole warps: `elements(first, v)` are eight from `first` on, by a lane. Tokens past the
+/// last one are zeros.
+template <class Elements>
+DEVICE void quantise_vector(const IntegersParams &p, u32 token, SegmentScales &scales, Elements elements) {
+    u32 warp = threadIdx.x >> 5, warps = blockDim.x >> 5, lane = threadIdx.x & 31;
     bool here = token < p.tokens;
-    const Segment *x = p.x + (size_t)token * p.segments;
-    int largest = -133;
-    if (here)
-        for (u32 s = lane; s < p.segments; s += 32) largest = max(largest, x[s].e);
-    for (int h = 16; h > 0; h >>= 1) largest = max(largest, shuffle_xor(largest, h));
-    if (blockIdx.y == 0 && lane == 0) p.vector_exponents[token] = largest;
-    u32 first = blockIdx.y * PACKED_SEGMENTS, end = min(first + PACKED_SEGMENTS, p.segments);
-    for (u32 s = first; s < end; s++) {
-        u8 *tile = p.tiles + ((size_t)blockIdx.x * p.segments + s) * HALVED_TILE, *record = tile + warp * HALVED_RECORD;
-        u32 halves[2] = {0, 0};
-        int u = 0, m = 0, e = largest;
-        if (here) {
-            const Segment &from = x[s];
-            for (u32 half = 0; half < 2; half++) halves[half] = *(const u32 *)(from.q + 32 * j + 16 * half + 4 * t);
-            u = from.u[j], m = from.m, e = from.e;
+    for (u32 s = warp; s < p.segments; s += warps) {
+        u32 first = s * 256 + lane * 8;
+        float v[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+        if (here && first < p.cols) elements(first, v);
+        Integers x = integers_of(v, p.fault, p.step);
+        if (p.out) {
+            if (here) write_segment(p.out[(size_t)token * p.segments + s], x);
+            continue;
         }
-        *(uint2 *)(record + 64 * (j >> 1) + 16 * t + 8 * (j & 1)) = make_uint2(halves[0], halves[1]);
-        if (t == 0) ((int *)(tile + HALVED_FACTORS))[(j >> 1) * 16 + (warp >> 1) * 4 + (j & 1) * 2 + (warp & 1)] = u;
-        if (lane == 0) *(double *)(record + HALVED_SCALE) = product_f64((double)m, power_f64(e - largest));
+        int sum = x.sum + shuffle_xor(x.sum, 2);
+        write_integers(Records::of(p.tiles, token, p.segments, s), x, sum);
+        if (lane == 0) scales.m[s] = x.m, scales.e[s] = x.e;
     }
+    if (p.out) return;
+    meet_block();
+    int largest = -133;
+    for (u32 s = lane; s < p.segments; s += 32) largest = max(largest, scales.e[s]);
+    for (int h = 16; h > 0; h >>= 1) largest = max(largest, shuffle_xor(largest, h));
+    for (u32 s = threadIdx.x; s < p.segments; s += blockDim.x)
+        write_scale(Records::of(p.tiles, token, p.segments, s), scales.m[s], scales.e[s], largest);
+    if (threadIdx.x == 0) write_exponent(p.tiles, token, largest);
 }
-
-// ---- vectors that only a product reads, straight to integers ----
 
 struct NormedParams {
-    /// [vectors][cols]
-    const float *x, *weight;
-    Segment *out;
-    u32 *fault;
-    u32 step, cols, segments;
+    /// [tokens][cols]; where `plus` is not null, their sum is what is normed, and `sum` is where it goes.
+    const float *x, *plus;
+    float *sum;
+    const float *weight;
+    IntegersParams to;
     float eps;
 };
-static_assert(sizeof(NormedParams) == 48);
+static_assert(sizeof(NormedParams) == 120);
 
-/// RmsNorm, then Quantise: a block a vector.
+/// Add, where it is asked for, RmsNorm, then Quantise: a block a token.
 extern "C" __global__ void __launch_bounds__(256) rms_norm_quantise(const __grid_constant__ NormedParams p) {
     SHARED(float, scratch, [256]);
-    const float *x = p.x + (size_t)blockIdx.x * p.cols;
-    float acc = 0.0f;
-    for (u32 i = threadIdx.x; i < p.cols; i += 256) acc = fma(x[i], x[i], acc);
-    float ss = fold256(acc, scratch);
-    float inv = quotient(1.0f, root(add(quotient(ss, (float)p.cols), p.eps)));
-    for (u32 s = threadIdx.x >> 5; s < p.segments; s += 8) {
-        u32 first = s * 256 + (threadIdx.x & 31) * 8;
-        float v[8];
-        for (u32 i = 0; i < 8; i++) v[i] = first < p.cols ? mul(mul(x[first + i], inv), p.weight[first + i]) : 0.0f;
-        quantise_segment(v, p.out[(size_t)blockIdx.x * p.segments + s], p.fault, p.step);
+    SHARED(SegmentScales, scales, );
+    u32 token = blockIdx.x, cols = p.to.cols;
+    const float *x = p.x + (size_t)token * cols;
+    float inv = 0.0f;
+    if (token < p.to.tokens) {
+        float acc = 0.0f;
+        if (p.plus) {
+            const float *plus = p.plus + (size_t)token * cols;
+            float *sum = p.sum + (size_t)token * cols;
+#pragma unroll 4
+            for (u32 i = threadIdx.x; i < cols; i += 256) {
+                float y = add(x[i], plus[i]);
+                sum[i] = y;
+                acc = fma(y, y, acc);
+            }
+            x = sum;
+        } else {
+#pragma unroll 4
+            for (u32 i = threadIdx.x; i < cols; i += 256) acc = fma(x[i], x[i], acc);
+        }
+        float ss = fold256(acc, scratch);
+        inv = quotient(1.0f, root(add(quotient(ss, (float)cols), p.eps)));
     }
+    quantise_vector(p.to, token, scales, [&](u32 first, float v[8]) {
+        for (u32 i = 0; i < 8; i++) v[i] = mul(mul(x[first + i], inv), p.weight[first + i]);
+    });
 }
 
 struct GatedParams {
-    /// [vectors][cols]
+    /// [tokens][cols]
     const float *gate, *up;
-    Segment *out;
-    u32 *fault;
-    u32 step, cols, segments, vectors;
+    IntegersParams to;
 };
-static_assert(sizeof(GatedParams) == 48);
+static_assert(sizeof(GatedParams) == 96);
 
-/// Activation, Mul, then Quantise: a warp a segment.
+/// Activation, Mul, then Quantise: a block a token.
 #define GATED(name, activation)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128) name##_quantise(const __grid_constant__ GatedParams p) {         \
-        u32 at = blockIdx.x * 4 + (threadIdx.x >> 5);                                                                  \
-        if (at >= p.segments * p.vectors) return;                                                                      \
-        u32 first = at % p.segments * 256 + (threadIdx.x & 31) * 8;                                                    \
-        size_t from = (size_t)(at / p.segments) * p.cols + first;                                                      \
-        float v[8];                                                                                                    \
-        for (u32 i = 0; i < 8; i++) v[i] = first < p.cols ? mul(activation(p.gate[from + i]), p.up[from + i]) : 0.0f;  \
-        quantise_segment(v, p.out[at], p.fault, p.step);                                                               \
+    extern "C" __global__ void __launch_bounds__(512) name##_quantise(const __grid_constant__ GatedParams p) {         \
+        SHARED(SegmentScales, scales, );                                                                               \
+        const float *gate = p.gate + (size_t)blockIdx.x * p.to.cols, *up = p.up + (size_t)blockIdx.x * p.to.cols;      \
+        quantise_vector(p.to, blockIdx.x, scales, [&](u32 first, float v[8]) {                                         \
+            for (u32 i = 0; i < 8; i++) v[i] = mul(activation(gate[first + i]), up[first + i]);                        \
+        });                                                                                                            \
     }
 GATED(silu, silu)
 GATED(gelu_tanh, gelu_tanh)
 
+struct MergedParams {
+    AttentionParams attention;
+    IntegersParams to;
+};
+static_assert(sizeof(MergedParams) == 184);
+
+/// The merge of attention's splits, then Quantise: a block a token. Heads are whole multiples of eight elements.
+extern "C" __global__ void __launch_bounds__(256) merge_quantise(const __grid_constant__ MergedParams p) {
+    SHARED(SegmentScales, scales, );
+    const AttentionParams &a = p.attention;
+    u32 head_dim = a.cache.head_dim, token = a.first_token + blockIdx.x;
+    u32 first_split = 0, last_split = 0;
+    if (token < p.to.tokens) {
+        u32 position = a.rows[token].position;
+        first_split = first_visible(a, position) / SPLIT, last_split = position / SPLIT;
+    }
+    quantise_vector(p.to, token, scales, [&](u32 first, float v[8]) {
+        u32 head = first / head_dim;
+        size_t at = ((size_t)blockIdx.x * a.heads + head) * a.splits;
+        const float2 *sums = a.sums + at;
+        const float *partial = a.partial + at * head_dim + first % head_dim;
+        float m = -INFINITY, l = 0.0f;
+        for (u32 s = first_split; s <= last_split; s++) m = sums[s].x > m ? sums[s].x : m;
+        for (u32 s = first_split; s <= last_split; s++) {
+            const float4 *from = (const float4 *)(partial + (size_t)s * head_dim);
+            float4 low = from[0], high = from[1];
+            float f = exponential(sub(sums[s].x, m));
+            l = fma(sums[s].y, f, l);
+            v[0] = fma(low.x, f, v[0]), v[1] = fma(low.y, f, v[1]), v[2] = fma(low.z, f, v[2]), v[3] = fma(low.w, f, v[3]);
+            v[4] = fma(high.x, f, v[4]), v[5] = fma(high.y, f, v[5]), v[6] = fma(high.z, f, v[6]), v[7] = fma(high.w, f, v[7]);
+        }
+        float inverse = quotient(1.0f, l);
+        for (u32 i = 0; i < 8; i++) v[i] = mul(v[i], inverse);
+    });
+}
+
 // ---- attention of many tokens ----
+
+struct TurnedParams {
+    RopeParams query, key;
+    StoreParams store;
+};
+static_assert(sizeof(TurnedParams) == 144);
+
+/// Rope of queries and keys, then StoreKv: a block a token.
+template <class K> DEVICE void rope_store(const TurnedParams &p) {
+    turn(p.query, blockIdx.x);
+    turn(p.key, blockIdx.x);
+    meet_block();
+    store_kv<K>(p.store, blockIdx.x);
+}
+extern "C" __global__ void __launch_bounds__(256) rope_store_f16(const __grid_constant__ TurnedParams p) { rope_store<KvF16>(p); }
+extern "C" __global__ void __launch_bounds__(256) rope_store_f32(const __grid_constant__ TurnedParams p) { rope_store<KvF32>(p); }
 
 /// Rows of a block, each of a token and one of the query heads that share keys: a warp has eight. HEAD: elements of a head, at
 /// most, of which a lane has HEAD / 32.

@@ -57,45 +57,58 @@ struct FoldedQ4_K {
     DEVICE void segment(const u8 *slots, const u32 *, const u8 *tiles, const double unit[2], i64 acc[NT][4]) {
         u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
         const u8 *row[2] = {slots + g * SLOT, slots + (g + 8) * SLOT};
-        u32 subs[2][2], mins[2];
-        double scale[2], min_scale[2];
-        for (int r = 0; r < 2; r++) {
-            uint4 head = *(const uint4 *)row[r];
-            scale[r] = product_f64(f64_of_f32(f32_of_f16((u16)head.x)), unit[r]);
-            min_scale[r] = product_f64(f64_of_f32(f32_of_f16((u16)(head.x >> 16))), unit[r]);
-            subs[r][0] = head.y & 0x3f3f3f3f, subs[r][1] = (head.w & 0x0f0f0f0f) | (head.y >> 2 & 0x30303030);
-            mins[r] = t & 1 ? (head.w >> 4 & 0x0f0f0f0f) | (head.z >> 2 & 0x30303030) : head.z & 0x3f3f3f3f;
-        }
         int sums[NT][4];
 #pragma unroll
         for (int n = 0; n < NT; n++)
             for (int i = 0; i < 4; i++) sums[n][i] = 0;
         const u8 *codes = tiles + g * FOLDED_RECORD + 16 * t;
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+            u32 subs[2];
+            for (int r = 0; r < 2; r++) {
+                uint4 head = *(const uint4 *)row[r];
+                subs[r] = half == 0 ? head.y & 0x3f3f3f3f : (head.w & 0x0f0f0f0f) | (head.y >> 2 & 0x30303030);
+            }
 #pragma unroll
-        for (int pair = 0; pair < 4; pair++) {
-            uint2 q[2] = {*(const uint2 *)(row[0] + 16 + 32 * pair + 8 * t), *(const uint2 *)(row[1] + 16 + 32 * pair + 8 * t)};
+            for (int which = 0; which < 2; which++) {
+                uint2 q[2];
+                for (int r = 0; r < 2; r++) q[r] = *(const uint2 *)(row[r] + 16 + 64 * half + 32 * which + 8 * t);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                u32 once[4], more[4];
-                for (int i = 0; i < 4; i++) {
-                    u32 x = i < 2 ? q[i].x : q[i - 2].y;
-                    if (h == 0) {
-                        once[i] = x & 0x0f0f0f0f, more[i] = once[i] << 4;
-                    } else {
-                        more[i] = x & 0xf0f0f0f0, once[i] = more[i] >> 4;
+                for (int h = 0; h < 2; h++) {
+                    u32 once[4], more[4];
+                    for (int i = 0; i < 4; i++) {
+                        u32 x = i < 2 ? q[i].x : q[i - 2].y;
+                        if (h == 0) {
+                            once[i] = x & 0x0f0f0f0f, more[i] = once[i] << 4;
+                        } else {
+                            more[i] = x & 0xf0f0f0f0, once[i] = more[i] >> 4;
+                        }
+                    }
+                    int block = 2 * which + h, c[2] = {(int)(subs[0] >> 8 * block & 255), (int)(subs[1] >> 8 * block & 255)};
+                    // One multiplication after the other waits for its result: those of three tiles take turns.
+                    uint4 b[NT];
+                    int d[NT][4];
+#pragma unroll
+                    for (int n = 0; n < NT + 2; n++) {
+                        if (n < NT) {
+                            b[n] = *(const uint4 *)(codes + n * STRIDE + 256 * half + 64 * block);
+                            for (int i = 0; i < 4; i++) d[n][i] = 0;
+                            mma_u8_s8(d[n], more[0], more[1], more[2], more[3], b[n].x, b[n].y);
+                        }
+                        if (n > 0 && n <= NT) mma_u8_s8(d[n - 1], once[0], once[1], once[2], once[3], b[n - 1].z, b[n - 1].w);
+                        if (n > 1)
+                            for (int i = 0; i < 4; i++) sums[n - 2][i] += c[i >> 1] * d[n - 2][i];
                     }
                 }
-                int block = 2 * pair + h, by = 8 * (block & 3);
-                int c[2] = {(int)(subs[0][block >> 2] >> by & 255), (int)(subs[1][block >> 2] >> by & 255)};
-#pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    uint4 b = *(const uint4 *)(codes + n * STRIDE + 64 * block);
-                    int d[4] = {0, 0, 0, 0};
-                    mma_u8_s8(d, more[0], more[1], more[2], more[3], b.x, b.y);
-                    mma_u8_s8(d, once[0], once[1], once[2], once[3], b.z, b.w);
-                    for (int i = 0; i < 4; i++) sums[n][i] += c[i >> 1] * d[i];
-                }
             }
+        }
+        u32 mins[2];
+        double scale[2], min_scale[2];
+        for (int r = 0; r < 2; r++) {
+            uint4 head = *(const uint4 *)row[r];
+            scale[r] = product_f64(f64_of_f32(f32_of_f16((u16)head.x)), unit[r]);
+            min_scale[r] = product_f64(f64_of_f32(f32_of_f16((u16)(head.x >> 16))), unit[r]);
+            mins[r] = t & 1 ? (head.w >> 4 & 0x0f0f0f0f) | (head.z >> 2 & 0x30303030) : head.z & 0x3f3f3f3f;
         }
         u32 k[4];
         thrice(k, mins[0], mins[1]);
@@ -131,18 +144,13 @@ struct HalvedQ6_K {
         u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
         const u8 *row[2];
         u32 by[2];
-        double scale[2];
-        for (int r = 0; r < 2; r++) {
-            const u8 *slot = slots + (g + 8 * r) * SLOT;
-            row[r] = slot + (at[r] & ~3u), by[r] = (at[r] & 2) * 8;
-            scale[r] = product_f64(f64_of_f32(f32_of_f16(u16_at(slot + at[r] + 208))), unit[r]);
-        }
+        for (int r = 0; r < 2; r++) row[r] = slots + (g + 8 * r) * SLOT + (at[r] & ~3u), by[r] = (at[r] & 2) * 8;
         int sums[NT][4];
 #pragma unroll
         for (int n = 0; n < NT; n++)
             for (int i = 0; i < 4; i++) sums[n][i] = 0;
         const u8 *codes = tiles + g * HALVED_RECORD + 16 * t, *factors = tiles + HALVED_FACTORS + 16 * t;
-#pragma unroll
+#pragma unroll 1
         for (int group = 0; group < 2; group++) {
             // Of 128 weights: nibbles, [half of 64][half block]; pairs of bits; and eight scales.
             u32 low[2][2][2], high[2][2], scales[2][2];
@@ -167,24 +175,30 @@ struct HalvedQ6_K {
                             a[h][half][r] = centred(nibbles | bits, 32);
                             c[h][half][r] = byte_of(scales[r][which], 2 * h + half);
                         }
+                // A tile's sums are taken up when the next one's multiplications are on their way.
+                int pair = 2 * group + which, d[2 * NT][2][4];
+                uint4 b[NT];
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    int pair = 2 * group + which;
-                    uint4 b = *(const uint4 *)(codes + n * STRIDE + 64 * pair);
-                    int4 u = *(const int4 *)(factors + n * STRIDE + 64 * pair);
-                    u32 words[2][2] = {{b.x, b.y}, {b.z, b.w}};
-                    int of_tokens[2][2] = {{u.x, u.y}, {u.z, u.w}};
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        int first[4] = {0, 0, 0, 0}, second[4] = {0, 0, 0, 0};
-                        mma_s8_half(first, a[h][0][0], a[h][0][1], words[h][0]);
-                        mma_s8_half(second, a[h][1][0], a[h][1][1], words[h][1]);
+                for (int n = 0; n < 2 * NT + 1; n++) {
+                    if (n < 2 * NT) {
+                        int h = n & 1;
+                        if (h == 0) b[n >> 1] = *(const uint4 *)(codes + (n >> 1) * STRIDE + 64 * pair);
+                        const uint4 &of = b[n >> 1];
+                        for (int i = 0; i < 4; i++) d[n][0][i] = d[n][1][i] = 0;
+                        mma_s8_half(d[n][0], a[h][0][0], a[h][0][1], h ? of.z : of.x);
+                        mma_s8_half(d[n][1], a[h][1][0], a[h][1][1], h ? of.w : of.y);
+                    }
+                    if (n > 0) {
+                        int h = (n - 1) & 1, tile = (n - 1) >> 1;
+                        int2 u = *(const int2 *)(factors + tile * STRIDE + 64 * pair + 8 * h);
                         for (int i = 0; i < 4; i++)
-                            sums[n][i] += of_tokens[h][i & 1] * (c[h][0][i >> 1] * first[i] + c[h][1][i >> 1] * second[i]);
+                            sums[tile][i] += (i & 1 ? u.y : u.x) * (c[h][0][i >> 1] * d[n - 1][0][i] + c[h][1][i >> 1] * d[n - 1][1][i]);
                     }
                 }
             }
         }
+        double scale[2];
+        for (int r = 0; r < 2; r++) scale[r] = product_f64(f64_of_f32(f32_of_f16(u16_at(row[r] + by[r] / 8 + 208))), unit[r]);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             const u8 *tile = tiles + n * STRIDE;

@@ -67,17 +67,36 @@ pub(super) struct MatMul {
     pub(super) shared: u32,
 }
 
+/// Of `kernels/prefill.cu`: where a quantised vector goes; 0 where a form is not wanted. Forms in the order of their tiles.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tiles {
+    pub(super) tiles: [u64; 3],
+    pub(super) vector_exponents: [u64; 3],
+}
+
+/// Of `kernels/prefill.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Integers {
+    pub(super) out: u64,
+    pub(super) tiles: Tiles,
+    pub(super) fault: u64,
+    pub(super) step: u32,
+    pub(super) cols: u32,
+    pub(super) segments: u32,
+    pub(super) tokens: u32,
+}
+
 /// Of `kernels/prefill.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Normed {
     pub(super) x: u64,
+    pub(super) plus: u64,
+    pub(super) sum: u64,
     pub(super) weight: u64,
-    pub(super) out: u64,
-    pub(super) fault: u64,
-    pub(super) step: u32,
-    pub(super) cols: u32,
-    pub(super) segments: u32,
+    pub(super) to: Integers,
     pub(super) eps: f32,
 }
 
@@ -87,12 +106,24 @@ pub(super) struct Normed {
 pub(super) struct Gated {
     pub(super) gate: u64,
     pub(super) up: u64,
-    pub(super) out: u64,
-    pub(super) fault: u64,
-    pub(super) step: u32,
-    pub(super) cols: u32,
-    pub(super) segments: u32,
-    pub(super) vectors: u32,
+    pub(super) to: Integers,
+}
+
+/// Of `kernels/prefill.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Merged {
+    pub(super) attention: Attention,
+    pub(super) to: Integers,
+}
+
+/// Of `kernels/prefill.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Turned {
+    pub(super) query: Rope,
+    pub(super) key: Rope,
+    pub(super) store: Store,
 }
 
 /// Of `kernels/prefill.cu`.
@@ -100,8 +131,7 @@ pub(super) struct Gated {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pack {
     pub(super) x: u64,
-    pub(super) tiles: u64,
-    pub(super) vector_exponents: u64,
+    pub(super) tiles: Tiles,
     pub(super) segments: u32,
     pub(super) tokens: u32,
 }
@@ -260,9 +290,13 @@ mod tests {
         assert_eq!(size_of::<Norm>(), 40);
         assert_eq!(size_of::<Quantise>(), 40);
         assert_eq!(size_of::<MatMul>(), 96);
-        assert_eq!(size_of::<Normed>(), 48);
-        assert_eq!(size_of::<Gated>(), 48);
-        assert_eq!(size_of::<Pack>(), 32);
+        assert_eq!(size_of::<Tiles>(), 48);
+        assert_eq!(size_of::<Integers>(), 80);
+        assert_eq!(size_of::<Normed>(), 120);
+        assert_eq!(size_of::<Gated>(), 96);
+        assert_eq!(size_of::<Merged>(), 184);
+        assert_eq!(size_of::<Turned>(), 144);
+        assert_eq!(size_of::<Pack>(), 64);
         assert_eq!(size_of::<Tiled>(), 80);
         assert_eq!(size_of::<FloatMatMul>(), 72);
         assert_eq!(size_of::<Rope>(), 40);

@@ -7,7 +7,7 @@ use std::cell::Cell;
 
 use hoist_backend::{Encoding, Result};
 
-use super::params::{Pack, Tiled};
+use super::params::{Pack, Tiled, Tiles};
 use crate::driver::Device;
 use crate::modules::{Function, Launch, Modules};
 
@@ -59,7 +59,7 @@ impl Form {
 }
 
 /// In the order in which they lie in scratch.
-const FORMS: [Form; 3] = [Form::Plain, Form::Folded, Form::Halved];
+pub(super) const FORMS: [Form; 3] = [Form::Plain, Form::Folded, Form::Halved];
 
 /// Room for vectors of so many segments in every form; `None` past 2^64.
 pub(super) fn packed_bytes(segments: u64, tokens: u32) -> Option<u64> {
@@ -89,6 +89,17 @@ impl Packed {
             vector_exponents: tiles + of_tiles,
         }
     }
+}
+
+/// What kernels that pack are told of the forms that are wanted.
+pub(super) fn tiles(scratch: u64, forms: &[Form], segments: u32, tokens: u32) -> Tiles {
+    let mut tiles = Tiles::default();
+    for form in forms {
+        let packed = Packed::at(scratch, *form, segments, tokens);
+        tiles.tiles[*form as usize] = packed.tiles;
+        tiles.vector_exponents[*form as usize] = packed.vector_exponents;
+    }
+    tiles
 }
 
 /// How a block divides a product.
@@ -244,32 +255,24 @@ impl Product {
             Ok((function, shared, coding.warps(SHAPES[at])))
         };
         Ok(Some(Self {
-            pack: modules.function(
-                "prefill",
-                match coding.form {
-                    Form::Plain => "pack",
-                    Form::Folded => "pack_folded",
-                    Form::Halved => "pack_halved",
-                },
-            )?,
+            pack: modules.function("prefill", "pack")?,
             form: coding.form,
             kernels: [kernel(0)?, kernel(1)?, kernel(2)?, kernel(3)?],
             multiprocessors: device.multiprocessors,
         }))
     }
 
-    /// The launch that packs `tokens` vectors.
+    /// The launch that packs `tokens` vectors, as this product takes them.
     pub(super) fn packing(
         &self,
         x: u64,
-        packed: Packed,
+        scratch: u64,
         segments: u32,
         tokens: u32,
     ) -> (&Function, Launch, Pack) {
         let params = Pack {
             x,
-            tiles: packed.tiles,
-            vector_exponents: packed.vector_exponents,
+            tiles: tiles(scratch, &[self.form], segments, tokens),
             segments,
             tokens,
         };
@@ -335,7 +338,13 @@ impl Held {
         self.0[form as usize].get() == Some(value)
     }
 
+    /// Where a form lies depends on the value, so that no other value is packed any more.
     pub(super) fn hold(&self, form: Form, value: usize) {
+        for held in &self.0 {
+            if held.get() != Some(value) {
+                held.set(None);
+            }
+        }
         self.0[form as usize].set(Some(value));
     }
 
@@ -347,6 +356,11 @@ impl Held {
             }
         }
     }
+}
+
+/// Tokens of whole tiles.
+pub(super) fn whole_tiles(tokens: u32) -> u32 {
+    tokens.next_multiple_of(TILE_TOKENS)
 }
 
 #[cfg(test)]
@@ -574,7 +588,7 @@ mod tests {
             .unwrap();
         let packed = Packed::at(scratch.ptr(), product.form, segments as u32, tokens as u32);
         let (function, launch, params) =
-            product.packing(vectors.ptr(), packed, segments as u32, tokens as u32);
+            product.packing(vectors.ptr(), scratch.ptr(), segments as u32, tokens as u32);
         // SAFETY: the kernel takes that struct, whose buffers are as long as it says.
         unsafe { function.launch(stream, launch, &mut arguments![params]) }.unwrap();
         for (at, shape) in SHAPES.iter().enumerate() {

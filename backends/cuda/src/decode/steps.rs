@@ -10,8 +10,8 @@ use hoist_backend::{
 use super::attention::{self, AttentionRows, AttentionSplits};
 use super::fused::{self, Fused};
 use super::params::{
-    ArgMax, Attention, Elements, Embed, FloatMatMul, Gated, Gather, MatMul, Norm, Normed, Quantise, Rope,
-    Router, Store, Tiled, WeightedSum,
+    ArgMax, Attention, Elements, Embed, FloatMatMul, Gated, Gather, Integers, MatMul, Merged, Norm, Normed,
+    Quantise, Rope, Router, Store, Tiled, Turned, WeightedSum,
 };
 use super::prefill::{self, Held, Packed, Product};
 use super::profile::Marks;
@@ -291,7 +291,13 @@ impl Prepared {
             })
             .collect();
         let logits_step = resolved.steps.iter().rposition(|s| s.op == OpName::Logits);
-        let fused = fused::find(modules, &resolved, work, |weight| Ok(at(weight)?.shape.cols))?;
+        let fused = fused::find(
+            modules,
+            &resolved,
+            work,
+            |weight| Ok(at(weight)?.shape.cols),
+            |step: usize| steps[step].tiled.as_ref().map(|product| product.form),
+        )?;
         Ok(Self {
             steps,
             fused,
@@ -392,38 +398,166 @@ impl Prepared {
 
     /// Several operations in one kernel.
     fn fused(&self, on: &Machine<'_>, at: usize, fused: &Fused) -> Result<()> {
-        let (fault, step, out) = (on.work.fault, fused.last as u32, on.value(fused.out).ptr);
-        let (cols, segments) = (fused.cols, fused.cols.div_ceil(256));
-        on.held.written(fused.out);
+        let Some(quantised) = &fused.integers else {
+            return self.turned(on, at, fused);
+        };
+        let (cols, segments, tokens) = (quantised.cols, quantised.cols.div_ceil(256), on.tokens);
+        let plain = quantised.forms.is_empty();
+        on.held.written(quantised.out);
+        let to = Integers {
+            out: if plain { on.value(quantised.out).ptr } else { 0 },
+            tiles: prefill::tiles(on.work.packed, &quantised.forms, segments, tokens),
+            fault: on.work.fault,
+            step: fused.last as u32,
+            cols,
+            segments,
+            tokens,
+        };
+        // Tiles are written as a whole.
+        let blocks = if plain {
+            tokens
+        } else {
+            prefill::whole_tiles(tokens)
+        };
         match fused.kind {
-            fused::Kind::Normed { input, eps, .. } => {
+            fused::Kind::Normed { input, plus, eps, .. } => {
+                let (plus, sum) = plus.map_or((0, 0), |(b, sum)| (on.value(b).ptr, on.value(sum).ptr));
+                // The norm's weight is that of the operation before the last.
                 let params = Normed {
                     x: on.value(input).ptr,
-                    weight: self.steps[at].vector,
-                    out,
-                    fault,
-                    step,
-                    cols,
-                    segments,
+                    plus,
+                    sum,
+                    weight: self.steps[fused.last - 1].vector,
+                    to,
                     eps,
                 };
-                on.run(&fused.function, Launch::linear(on.tokens, 256), &params)
+                on.run(&fused.function, Launch::linear(blocks, 256), &params)?;
             }
             fused::Kind::Gated { gate, up } => {
                 let params = Gated {
                     gate: on.value(gate).ptr,
                     up: on.value(up).ptr,
-                    out,
-                    fault,
-                    step,
-                    cols,
-                    segments,
-                    vectors: on.tokens,
+                    to,
                 };
-                let blocks = (u64::from(segments) * u64::from(on.tokens)).div_ceil(4);
-                on.run(&fused.function, Launch::linear(blocks as u32, 128), &params)
+                on.run(&fused.function, Launch::linear(blocks, 512), &params)?;
+            }
+            fused::Kind::Attended => {
+                self.attend(on, at, |attention, n| {
+                    let last = attention.first_token + n == tokens;
+                    let blocks = if last { n + blocks - tokens } else { n };
+                    let params = Merged { attention, to };
+                    on.run(&fused.function, Launch::linear(blocks, 256), &params)
+                })?;
+            }
+            fused::Kind::Turned => {
+                return Err(Error::internal(crate::NAME, "integers of nothing"));
             }
         }
+        for form in &quantised.forms {
+            on.held.hold(*form, quantised.out);
+        }
+        Ok(())
+    }
+
+    /// Rope of queries and of keys, and StoreKv.
+    fn turned(&self, on: &Machine<'_>, at: usize, fused: &Fused) -> Result<()> {
+        let rope = |at: usize| self.rope(on, at);
+        let (Some(query), Some(key), Some(store)) = (rope(at), rope(at + 1), self.store(on, at + 2)) else {
+            return Err(Error::internal(crate::NAME, "operations that were others"));
+        };
+        let params = Turned { query, key, store };
+        on.run(&fused.function, Launch::linear(on.tokens, 256), &params)
+    }
+
+    fn rope(&self, on: &Machine<'_>, at: usize) -> Option<Rope> {
+        match self.resolved.steps[at].kind {
+            StepKind::Rope {
+                value,
+                table,
+                style,
+                head_dim,
+                n_rot,
+            } => Some(Rope {
+                value: on.value(value).ptr,
+                table: self.tables[table],
+                rows: on.work.rows,
+                width: on.value(value).width,
+                head_dim: head_dim as u32,
+                n_rot: n_rot as u32,
+                half_split: (style == RopeStyle::HalfSplit).into(),
+            }),
+            _ => None,
+        }
+    }
+
+    fn store(&self, on: &Machine<'_>, at: usize) -> Option<Store> {
+        match self.resolved.steps[at].kind {
+            StepKind::StoreKv { key, value, layer } => Some(Store {
+                cache: on.work.cache[layer],
+                key: on.value(key).ptr,
+                value: on.value(value).ptr,
+                rows: on.work.rows,
+                fault: on.work.fault,
+                step: at as u32,
+            }),
+            _ => None,
+        }
+    }
+
+    /// Attention's splits, for as many tokens at a time as there is scratch, each time followed by what merges them.
+    fn attend(
+        &self,
+        on: &Machine<'_>,
+        at: usize,
+        merge: impl Fn(Attention, u32) -> Result<()>,
+    ) -> Result<()> {
+        let (work, tokens, l) = (on.work, on.tokens, &self.steps[at]);
+        let StepKind::Attention {
+            query,
+            heads,
+            scale,
+            window,
+            soft_cap,
+            out,
+            layer,
+        } = self.resolved.steps[at].kind
+        else {
+            return Err(Error::internal(crate::NAME, "attention that is none"));
+        };
+        let cache = work.cache[layer];
+        let Some(single) = &l.splits else {
+            return Err(Error::internal(crate::NAME, "attention without its kernels"));
+        };
+        for first_token in (0..tokens).step_by(work.attention_tokens as usize) {
+            let n = work.attention_tokens.min(tokens - first_token);
+            let params = Attention {
+                cache,
+                query: on.value(query).ptr,
+                out: on.value(out).ptr,
+                rows: work.rows,
+                sums: work.sums,
+                partial: work.partial,
+                first_token,
+                heads: heads as u32,
+                splits: on.splits,
+                window: window.unwrap_or(0),
+                scale,
+                cap: soft_cap.unwrap_or(0.0),
+                capped: soft_cap.is_some().into(),
+                tokens: n,
+                staged: single.staged.into(),
+                unused: 0,
+            };
+            if let Some(rows) = l.rows_at_once.as_ref().filter(|r| r.suits(tokens, on.runs)) {
+                let (function, launch) = rows.launch(on.splits, cache.kv_heads, n);
+                on.run(function, launch, &params)?;
+            } else {
+                let launch = single.launch(on.splits, &cache, heads as u32, n);
+                on.run(&l.function, launch, &params)?;
+            }
+            merge(params, n)?;
+        }
+        Ok(())
     }
 
     fn step(&self, on: &Machine<'_>, at: usize, step: &Step, l: &Launchable) -> Result<()> {
@@ -463,80 +597,22 @@ impl Prepared {
                 out,
                 ..
             } => matmul(on, l, number, input, out, Some((experts, shared))),
-            StepKind::Rope {
-                value,
-                table,
-                style,
-                head_dim,
-                n_rot,
-            } => {
-                let params = Rope {
-                    value: on.value(value).ptr,
-                    table: self.tables[table],
-                    rows: work.rows,
-                    width: on.value(value).width,
-                    head_dim: head_dim as u32,
-                    n_rot: n_rot as u32,
-                    half_split: (style == RopeStyle::HalfSplit).into(),
+            StepKind::Rope { .. } => match self.rope(on, at) {
+                Some(params) => on.run(&l.function, Launch::linear(tokens, 256), &params),
+                None => Ok(()),
+            },
+            StepKind::StoreKv { .. } => match self.store(on, at) {
+                Some(params) => on.run(&l.function, Launch::linear(tokens, 256), &params),
+                None => Ok(()),
+            },
+            StepKind::Attention { heads, .. } => {
+                let Some(merge) = &l.second else {
+                    return Err(Error::internal(crate::NAME, "attention without its merge"));
                 };
-                on.run(&l.function, Launch::linear(tokens, 256), &params)
-            }
-            StepKind::StoreKv { key, value, layer } => {
-                let params = Store {
-                    cache: work.cache[layer],
-                    key: on.value(key).ptr,
-                    value: on.value(value).ptr,
-                    rows: work.rows,
-                    fault: work.fault,
-                    step: number,
-                };
-                on.run(&l.function, Launch::linear(tokens, 256), &params)
-            }
-            StepKind::Attention {
-                query,
-                heads,
-                scale,
-                window,
-                soft_cap,
-                out,
-                layer,
-            } => {
-                let cache = work.cache[layer];
-                let (Some(merge), Some(single)) = (&l.second, &l.splits) else {
-                    return Err(Error::internal(crate::NAME, "attention without its kernels"));
-                };
-                for first_token in (0..tokens).step_by(work.attention_tokens as usize) {
-                    let n = work.attention_tokens.min(tokens - first_token);
-                    let params = Attention {
-                        cache,
-                        query: on.value(query).ptr,
-                        out: on.value(out).ptr,
-                        rows: work.rows,
-                        sums: work.sums,
-                        partial: work.partial,
-                        first_token,
-                        heads: heads as u32,
-                        splits: on.splits,
-                        window: window.unwrap_or(0),
-                        scale,
-                        cap: soft_cap.unwrap_or(0.0),
-                        capped: soft_cap.is_some().into(),
-                        tokens: n,
-                        staged: single.staged.into(),
-                        unused: 0,
-                    };
-                    // A warp a head, four of them a block.
-                    let merging = grid((heads as u32).div_ceil(4), n, 1, 128, 0);
-                    if let Some(rows) = l.rows_at_once.as_ref().filter(|r| r.suits(tokens, on.runs)) {
-                        let (function, launch) = rows.launch(on.splits, cache.kv_heads, n);
-                        on.run(function, launch, &params)?;
-                    } else {
-                        let launch = single.launch(on.splits, &cache, heads as u32, n);
-                        on.run(&l.function, launch, &params)?;
-                    }
-                    on.run(merge, merging, &params)?;
-                }
-                Ok(())
+                // A warp a head, four of them a block.
+                self.attend(on, at, |params, n| {
+                    on.run(merge, grid((heads as u32).div_ceil(4), n, 1, 128, 0), &params)
+                })
             }
             StepKind::Activation { input, out, .. } => on.elements(&l.function, input, None, out, 0.0),
             StepKind::Mul { a, b, out } | StepKind::Add { a, b, out } => {
@@ -689,7 +765,8 @@ fn tiled_matmul(
     let segments = matrix.cols / 256;
     let packed = Packed::at(on.work.packed, tiled.form, segments, on.tokens);
     if !on.held.holds(tiled.form, input) {
-        let (function, launch, params) = tiled.packing(on.value(input).ptr, packed, segments, on.tokens);
+        let (function, launch, params) =
+            tiled.packing(on.value(input).ptr, on.work.packed, segments, on.tokens);
         on.run(function, launch, &params)?;
         on.held.hold(tiled.form, input);
     }
