@@ -37,13 +37,13 @@ DEVICE double power_f64(int n) { return f64_of_bits((u64)(n + 1023) << 52); }
 DEVICE double scale_at(const u8 *record) { return *(const double *)record; }
 
 // ---- encodings ----
-// BYTES of a segment; SLOT: its place in shared memory, a multiple of 16 that spreads rows over the banks; ANY_ADDRESS: segments
-// start at even addresses only, so that a slot begins at the multiple of 16 before; TILE: of packed activations. `segment` adds
-// one segment of a warp's rows and of its NT · 8 tokens, whose tiles are STRIDE bytes apart. `slots`: rows of the warp; `at`: where
-// in their slots the rows g and g + 8 begin; `unit`: 2^−E_w of both.
+// BYTES of a segment; ANY_ADDRESS: segments start at even addresses only, so that a row's slot begins at the multiple of 16 before;
+// SPREAD, EACH: bytes of a slot, modulo EACH, so that rows lie in different banks; TILE: of packed activations. `segment` adds one
+// segment of a warp's rows, SLOT bytes apart, and of its NT · 8 tokens, whose tiles are STRIDE bytes apart. `at`: where in their
+// slots the segments of the rows g and g + 8 begin; `unit`: 2^−E_w of both.
 
 struct FoldedQ4_K {
-    static constexpr u32 BYTES = 144, SLOT = 160, TILE = FOLDED_TILE;
+    static constexpr u32 BYTES = 144, SPREAD = 32, EACH = 64, TILE = FOLDED_TILE;
     static constexpr bool ANY_ADDRESS = false;
 
     /// Fragments of eight 6-bit numbers, four in each of the lanes t = 0 and 1: once, doubled, and doubled again.
@@ -53,10 +53,10 @@ struct FoldedQ4_K {
         a[2] = first ? low << 1 : 0, a[3] = first ? high << 1 : 0;
     }
 
-    template <int NT, u32 STRIDE>
-    DEVICE void segment(const u8 *slots, const u32 *, const u8 *tiles, const double unit[2], i64 acc[NT][4]) {
+    template <int NT, u32 SLOT, u32 STRIDE>
+    DEVICE void segment(const u8 *slots, const u32 at[2], const u8 *tiles, const double unit[2], i64 acc[NT][4]) {
         u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-        const u8 *row[2] = {slots + g * SLOT, slots + (g + 8) * SLOT};
+        const u8 *row[2] = {slots + g * SLOT + at[0], slots + (g + 8) * SLOT + at[1]};
         int sums[NT][4];
 #pragma unroll
         for (int n = 0; n < NT; n++)
@@ -132,14 +132,14 @@ struct FoldedQ4_K {
 };
 
 struct HalvedQ6_K {
-    static constexpr u32 BYTES = 210, SLOT = 240, TILE = HALVED_TILE;
+    static constexpr u32 BYTES = 210, SPREAD = 16, EACH = 32, TILE = HALVED_TILE;
     static constexpr bool ANY_ADDRESS = true;
 
     /// Four bytes `by` bits after a place that is a multiple of 4.
     DEVICE u32 word(const u8 *base, u32 by) { return funnel_right(((const u32 *)base)[0], ((const u32 *)base)[1], by); }
     DEVICE int byte_of(u32 word, int i) { return (i8)(word >> 8 * i); }
 
-    template <int NT, u32 STRIDE>
+    template <int NT, u32 SLOT, u32 STRIDE>
     DEVICE void segment(const u8 *slots, const u32 at[2], const u8 *tiles, const double unit[2], i64 acc[NT][4]) {
         u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
         const u8 *row[2];
@@ -216,10 +216,11 @@ struct HalvedQ6_K {
 
 template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Staying {
     static constexpr int WARPS = ROWS * COLS * DEPTH, THREADS = 32 * WARPS;
-    static constexpr u32 BYTES = E::BYTES, SLOT = E::SLOT, TILE = E::TILE;
-    static constexpr u32 CHUNKS = E::ANY_ADDRESS ? (BYTES + 14 + 15) / 16 : BYTES / 16;
-    static_assert(16 * CHUNKS <= SLOT);
-    static constexpr u32 SLOTS = ROWS * DEPTH * 16, WEIGHTS = SLOTS * SLOT;
+    static constexpr u32 BYTES = E::BYTES, TILE = E::TILE;
+    /// Of a row: the DEPTH segments of a step follow each other.
+    static constexpr u32 CHUNKS = E::ANY_ADDRESS ? (DEPTH * BYTES + 14 + 15) / 16 : DEPTH * BYTES / 16;
+    static constexpr u32 SLOT = 16 * CHUNKS + (E::EACH + E::SPREAD - 16 * CHUNKS % E::EACH) % E::EACH;
+    static constexpr u32 COPIED = ROWS * 16, WEIGHTS = COPIED * SLOT;
     static constexpr u32 STAGE = WEIGHTS + COLS * NT * DEPTH * TILE;
     /// What partial sums of other segments take, beside the stages.
     static constexpr u32 SUMS = ROWS * COLS * (DEPTH - 1) * NT * 4 * 32 * 8;
@@ -227,12 +228,13 @@ template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Sta
     /// Warps that bring one tile of tokens.
     static constexpr u32 BRINGERS = WARPS / (COLS * NT);
     static_assert(BRINGERS * COLS * NT == WARPS);
-    static constexpr u32 WEIGHT_COPIES = (SLOTS * CHUNKS + THREADS - 1) / THREADS;
+    static constexpr u32 WEIGHT_COPIES = (COPIED * CHUNKS + THREADS - 1) / THREADS;
 
     /// What a thread copies for one tile of the product.
     struct Fetch {
         u32 tile, step;
         const u8 *weights, *tokens;
+        /// Of the rows that the thread copies of.
         u32 offsets[WEIGHT_COPIES];
 
         DEVICE void aim(Fetch &f, const PrefillParams &p, u32 token_tiles) {
@@ -240,7 +242,7 @@ template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Sta
             f.weights = p.weight + first_row * p.row_bytes;
 #pragma unroll
             for (u32 i = 0; i < WEIGHT_COPIES; i++) {
-                u32 at = i * THREADS + threadIdx.x, slot = at / CHUNKS, row = slot / (16 * DEPTH) * 16 + slot % 16;
+                u32 row = (i * THREADS + threadIdx.x) / CHUNKS;
                 f.offsets[i] = min(row, p.rows - 1 - first_row) * (u32)p.row_bytes;
             }
             // Past the last tile, that one again: it is there, and nobody looks at what comes of it.
@@ -248,27 +250,36 @@ template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Sta
             f.tokens = p.x + (size_t)of_eight * p.segments * TILE + 16 * (warp % BRINGERS * 32 + (threadIdx.x & 31));
         }
 
+        /// One copy of weights.
+        DEVICE void copy_weights(const Fetch &f, u8 *stage, u32 i, u32 chunks) {
+            u32 at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+            if (COPIED * CHUNKS % THREADS != 0 && i + 1 == WEIGHT_COPIES && at >= COPIED * CHUNKS) return;
+            const u8 *from = f.weights + f.offsets[i];
+            // A weight's place is whole multiples of 256 bytes, so that what is read beside a segment is there.
+            if (E::ANY_ADDRESS) from = (const u8 *)((size_t)from & ~(size_t)15);
+            if (chunk < chunks) copy_16(stage + row * SLOT + 16 * chunk, from + 16 * chunk);
+        }
+
         /// Starts the copies of a step, and goes to the next one.
         DEVICE void go(Fetch &f, const PrefillParams &p, u8 *stage, u32 steps, u32 token_tiles) {
-            u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-#pragma unroll
-            for (u32 i = 0; i < WEIGHT_COPIES; i++) {
-                u32 at = i * THREADS + threadIdx.x, slot = at / CHUNKS;
-                if (SLOTS * CHUNKS % THREADS != 0 && i + 1 == WEIGHT_COPIES && at >= SLOTS * CHUNKS) break;
-                u32 segment = DEPTH == 1 ? f.step : min(f.step * DEPTH + slot / 16 % DEPTH, p.segments - 1);
-                const u8 *from = f.weights + f.offsets[i] + segment * BYTES;
-                // A weight's place is whole multiples of 256 bytes, so that what is read beside a segment is there.
-                if (E::ANY_ADDRESS) from = (const u8 *)((size_t)from & ~(size_t)15);
-                copy_16(stage + slot * SLOT + 16 * (at % CHUNKS), from + 16 * (at % CHUNKS));
-            }
-            constexpr u32 SPAN = DEPTH * TILE / 16, EACH = BRINGERS * 32;
-            u32 first = warp % BRINGERS * 32 + lane;
-            u32 here = DEPTH == 1 ? SPAN : min((u32)DEPTH, p.segments - f.step * DEPTH) * (TILE / 16);
+            u32 warp = threadIdx.x >> 5, first = warp % BRINGERS * 32 + (threadIdx.x & 31);
+            constexpr u32 SPAN = DEPTH * TILE / 16, STEP = BRINGERS * 32;
             u8 *to = stage + WEIGHTS + warp / BRINGERS * (DEPTH * TILE) + 16 * first;
-            const u8 *from = f.tokens + (size_t)f.step * DEPTH * TILE;
+            u32 here = min((u32)DEPTH, p.segments - f.step * DEPTH);
+            if (DEPTH == 1 || here == DEPTH) {
 #pragma unroll
-            for (u32 i = 0; i < SPAN; i += EACH)
-                if ((DEPTH == 1 && i + EACH <= SPAN) || first + i < here) copy_16(to + 16 * i, from + 16 * i);
+                for (u32 i = 0; i < WEIGHT_COPIES; i++) copy_weights(f, stage, i, CHUNKS);
+#pragma unroll
+                for (u32 i = 0; i < SPAN; i += STEP)
+                    if (i + STEP <= SPAN || first + i < SPAN) copy_16(to + 16 * i, f.tokens + 16 * i);
+            } else {
+                u32 chunks = E::ANY_ADDRESS ? (here * BYTES + 14 + 15) / 16 : here * BYTES / 16;
+#pragma unroll
+                for (u32 i = 0; i < WEIGHT_COPIES; i++) copy_weights(f, stage, i, chunks);
+#pragma unroll 1
+                for (u32 i = 0; first + i < here * (TILE / 16); i += STEP) copy_16(to + 16 * i, f.tokens + 16 * i);
+            }
+            f.weights += DEPTH * BYTES, f.tokens += DEPTH * TILE;
             f.step++;
             if (f.step == steps) {
                 f.step = 0, f.tile += gridDim.x;
@@ -339,13 +350,12 @@ template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Sta
                 // Also where nothing is left to fetch, so that the count of groups stays the same.
                 end_copies();
                 const u8 *stage = shared + slot * STAGE;
-                u32 s = step * DEPTH + part;
-                if (DEPTH == 1 || s < p.segments) {
+                if (DEPTH == 1 || step * DEPTH + part < p.segments) {
                     u32 at[2];
-                    if (E::ANY_ADDRESS)
-                        for (int r = 0; r < 2; r++) at[r] = (starts[r] + s * BYTES) & 15;
-                    E::template segment<NT, DEPTH * TILE>(stage + (group * DEPTH + part) * 16 * SLOT, at,
-                                                          stage + WEIGHTS + (column * NT * DEPTH + part) * TILE, unit, acc);
+                    for (int r = 0; r < 2; r++)
+                        at[r] = (E::ANY_ADDRESS ? (starts[r] + step * DEPTH * BYTES) & 15 : 0) + part * BYTES;
+                    E::template segment<NT, SLOT, DEPTH * TILE>(stage + group * 16 * SLOT, at,
+                                                                stage + WEIGHTS + (column * NT * DEPTH + part) * TILE, unit, acc);
                 }
                 slot = slot + 1 == STAGES ? 0 : slot + 1;
             }

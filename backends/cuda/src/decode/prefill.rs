@@ -107,17 +107,30 @@ pub(super) fn tiles(scratch: u64, forms: &[Form], segments: u32, tokens: u32) ->
 struct Shape {
     /// Tiles of eight tokens.
     tiles: u32,
-    /// Warps with rows of their own; the other warps share those rows and divide the segments.
+    /// Groups of rows.
     row_warps: u32,
+    /// Segments of a step: warps with the same rows and tokens divide them.
+    depth: u32,
+    warps: u32,
 }
 
 impl Shape {
+    const fn new(tiles: u32, row_warps: u32, depth: u32, warps: u32) -> Self {
+        Self {
+            tiles,
+            row_warps,
+            depth,
+            warps,
+        }
+    }
+
     const fn rows(self) -> u32 {
         self.row_warps * WARP_ROWS
     }
 
-    const fn depth(self) -> u32 {
-        WARPS / self.row_warps
+    /// Tiles of eight tokens of a warp.
+    const fn warp_tiles(self) -> u32 {
+        self.tiles * self.row_warps * self.depth / self.warps
     }
 
     fn blocks(self, rows: u32, tokens: u32) -> (u32, u32) {
@@ -129,32 +142,30 @@ impl Shape {
 }
 
 /// For few tokens, for more, and for many with few and with many rows: as in `kernels/prefill.cuh`.
-const SHAPES: [Shape; 4] = [
-    Shape {
-        tiles: 1,
-        row_warps: 1,
-    },
-    Shape {
-        tiles: 4,
-        row_warps: 2,
-    },
-    Shape {
-        tiles: 8,
-        row_warps: 4,
-    },
-    Shape {
-        tiles: 8,
-        row_warps: 8,
-    },
+const PLAIN_SHAPES: &[Shape] = &[
+    Shape::new(1, 1, 8, 8),
+    Shape::new(4, 2, 4, 8),
+    Shape::new(8, 4, 2, 8),
+    Shape::new(8, 8, 1, 8),
+];
+/// As in `kernels/prefill_k.cu`.
+const STAYING_SHAPES: &[Shape] = &[
+    Shape::new(1, 1, 8, 8),
+    Shape::new(1, 2, 8, 16),
+    Shape::new(4, 2, 4, 8),
+    Shape::new(8, 4, 2, 16),
+    Shape::new(8, 8, 1, 16),
 ];
 
 /// What the kernels know of an encoding.
 #[derive(Clone, Copy, Debug)]
 struct Coding {
     file: &'static str,
-    /// One for each of [`SHAPES`].
-    kernels: [&'static str; 4],
-    /// Bytes of a row's segment in shared memory.
+    /// One for each of [`Coding::shapes`].
+    kernels: &'static [&'static str],
+    /// Bytes of a segment.
+    bytes: u32,
+    /// Bytes of a row's segment in shared memory, where the form is plain.
     slot: u32,
     /// Whether mins are as wide as scales.
     wide_mins: bool,
@@ -162,17 +173,34 @@ struct Coding {
 }
 
 macro_rules! coding {
-    ($file:literal, $name:literal, $slot:literal, $wide_mins:literal, $form:ident) => {
+    ($name:literal, $bytes:literal, $slot:literal, $wide_mins:literal) => {
         Some(Coding {
-            file: $file,
-            kernels: [
+            file: "prefill_blocks",
+            kernels: &[
                 concat!("prefill_", $name, "_1_1"),
                 concat!("prefill_", $name, "_4_2"),
                 concat!("prefill_", $name, "_8_4"),
                 concat!("prefill_", $name, "_8_8"),
             ],
+            bytes: $bytes,
             slot: $slot,
             wide_mins: $wide_mins,
+            form: Form::Plain,
+        })
+    };
+    ($name:literal, $bytes:literal, $form:ident) => {
+        Some(Coding {
+            file: "prefill_k",
+            kernels: &[
+                concat!("prefill_", $name, "_1_1"),
+                concat!("prefill_", $name, "_1_2"),
+                concat!("prefill_", $name, "_4_2"),
+                concat!("prefill_", $name, "_8_4"),
+                concat!("prefill_", $name, "_8_8"),
+            ],
+            bytes: $bytes,
+            slot: 0,
+            wide_mins: false,
             form: Form::$form,
         })
     };
@@ -180,36 +208,51 @@ macro_rules! coding {
 
 fn coding(encoding: Encoding) -> Option<Coding> {
     match encoding {
-        Encoding::Q4_K => coding!("prefill_k", "q4_k", 160, false, Folded),
-        Encoding::Q5_K => coding!("prefill_k", "q5_k", 224, false, Plain),
-        Encoding::Q6_K => coding!("prefill_k", "q6_k", 240, false, Halved),
-        Encoding::Q4_0 => coding!("prefill_blocks", "q4_0", 160, false, Plain),
-        Encoding::Q4_1 => coding!("prefill_blocks", "q4_1", 160, true, Plain),
-        Encoding::Q5_0 => coding!("prefill_blocks", "q5_0", 224, false, Plain),
-        Encoding::Q5_1 => coding!("prefill_blocks", "q5_1", 224, true, Plain),
-        Encoding::Q8_0 => coding!("prefill_blocks", "q8_0", 288, false, Plain),
+        Encoding::Q4_K => coding!("q4_k", 144, Folded),
+        Encoding::Q5_K => coding!("q5_k", 176, 224, false).map(|c| Coding {
+            file: "prefill_k",
+            ..c
+        }),
+        Encoding::Q6_K => coding!("q6_k", 210, Halved),
+        Encoding::Q4_0 => coding!("q4_0", 144, 160, false),
+        Encoding::Q4_1 => coding!("q4_1", 160, 160, true),
+        Encoding::Q5_0 => coding!("q5_0", 176, 224, false),
+        Encoding::Q5_1 => coding!("q5_1", 192, 224, true),
+        Encoding::Q8_0 => coding!("q8_0", 272, 288, false),
         _ => None,
     }
 }
 
 impl Coding {
-    /// Warps of a block: in `kernels/prefill_k.cuh` two share the rows of a block of many tokens.
-    fn warps(self, shape: Shape) -> u32 {
+    fn shapes(self) -> &'static [Shape] {
         match self.form {
-            Form::Folded | Form::Halved if shape.tiles > 4 => 2 * WARPS,
-            _ => WARPS,
+            Form::Plain => PLAIN_SHAPES,
+            Form::Folded | Form::Halved => STAYING_SHAPES,
+        }
+    }
+
+    /// Bytes of a row's segments of a step in shared memory, spread over its banks.
+    fn row_slot(self, shape: Shape) -> u32 {
+        let bytes = shape.depth * self.bytes;
+        match self.form {
+            Form::Plain => shape.depth * self.slot,
+            Form::Folded => bytes + (96 - bytes % 64) % 64,
+            Form::Halved => {
+                let copied = (bytes + 29) / 16 * 16;
+                copied + (48 - copied % 32) % 32
+            }
         }
     }
 
     /// Shared memory of a block: two or three stages of weights and activations; and what each warp prepares of its rows, or
     /// sums of other segments.
     fn shared(self, shape: Shape) -> u32 {
-        let weights = WARPS * WARP_ROWS * self.slot;
-        let stage = weights + shape.tiles * shape.depth() * self.form.tile_bytes() as u32;
+        let weights = shape.rows() * self.row_slot(shape);
+        let stage = weights + shape.tiles * shape.depth * self.form.tile_bytes() as u32;
         let mins = if self.wide_mins { 9 } else { 4 };
         let beside = match self.form {
             Form::Plain => WARPS * WARP_ROWS * (4 * (9 + mins) + 16 + 8),
-            Form::Folded | Form::Halved => shape.row_warps * shape.tiles * (shape.depth() - 1) * (4 * 32 * 8),
+            Form::Folded | Form::Halved => shape.row_warps * shape.tiles * (shape.depth - 1) * (4 * 32 * 8),
         };
         let three = 3 * stage + beside;
         if three <= SHARED {
@@ -225,8 +268,9 @@ impl Coding {
 pub(super) struct Product {
     pack: Function,
     pub(super) form: Form,
-    /// With the shared memory and the warps of each.
-    kernels: [(Function, u32, u32); 4],
+    shapes: &'static [Shape],
+    /// Of each shape, with its shared memory.
+    kernels: Vec<(Function, u32)>,
     multiprocessors: u32,
 }
 
@@ -248,16 +292,18 @@ impl Product {
         if !cols.is_multiple_of(256) || too_many || device.shared_memory_optin < SHARED {
             return Ok(None);
         }
-        let kernel = |at: usize| -> Result<(Function, u32, u32)> {
-            let function = modules.function(coding.file, coding.kernels[at])?;
-            let shared = coding.shared(SHAPES[at]);
+        let kernel = |(name, shape): (&&'static str, &Shape)| -> Result<(Function, u32)> {
+            let function = modules.function(coding.file, name)?;
+            let shared = coding.shared(*shape);
             function.allow_shared(shared)?;
-            Ok((function, shared, coding.warps(SHAPES[at])))
+            Ok((function, shared))
         };
+        let kernels = coding.kernels.iter().zip(coding.shapes()).map(kernel);
         Ok(Some(Self {
             pack: modules.function("prefill", "pack")?,
             form: coding.form,
-            kernels: [kernel(0)?, kernel(1)?, kernel(2)?, kernel(3)?],
+            shapes: coding.shapes(),
+            kernels: kernels.collect::<Result<_>>()?,
             multiprocessors: device.multiprocessors,
         }))
     }
@@ -290,13 +336,19 @@ impl Product {
 
     /// The launch of the product itself.
     pub(super) fn launch(&self, params: &Tiled) -> (&Function, Launch) {
-        let at = choose(params.rows, params.segments, params.tokens, self.multiprocessors);
+        let at = choose(
+            self.shapes,
+            params.rows,
+            params.segments,
+            params.tokens,
+            self.multiprocessors,
+        );
         self.launch_as(at, params)
     }
 
     fn launch_as(&self, at: usize, params: &Tiled) -> (&Function, Launch) {
-        let (rows, tokens) = SHAPES[at].blocks(params.rows, params.tokens);
-        let (function, shared, warps) = &self.kernels[at];
+        let (rows, tokens) = self.shapes[at].blocks(params.rows, params.tokens);
+        let (function, shared) = &self.kernels[at];
         let grid = match self.form {
             // Those of the same rows are neighbours, so that weights come from memory once.
             Form::Plain => (tokens, rows, 1),
@@ -308,24 +360,26 @@ impl Product {
         let launch = Launch {
             grid,
             shared: *shared,
-            ..Launch::linear(1, warps * 32)
+            ..Launch::linear(1, self.shapes[at].warps * 32)
         };
         (function, launch)
     }
 }
 
 /// The shape that takes the fewest steps: waves of blocks, times the steps of each, times what a step costs. A warp's step costs
-/// what decoding its rows takes, and each tile's multiplications.
-fn choose(rows: u32, segments: u32, tokens: u32, multiprocessors: u32) -> usize {
+/// what decoding its rows takes, and each tile's multiplications; twice as many warps take half as long again, since they wait
+/// less.
+fn choose(shapes: &[Shape], rows: u32, segments: u32, tokens: u32, multiprocessors: u32) -> usize {
     let cost = |shape: Shape| {
         let (x, y) = shape.blocks(rows, tokens);
         let waves = (u64::from(x) * u64::from(y)).div_ceil(multiprocessors.max(1).into());
-        let steps = u64::from(segments.div_ceil(shape.depth())) + 2;
-        waves * steps * u64::from(2 + shape.tiles)
+        let steps = u64::from(segments.div_ceil(shape.depth)) + 2;
+        let of_warps = if shape.warps > WARPS { 3 } else { 2 };
+        waves * steps * u64::from(3 + shape.warp_tiles()) * of_warps
     };
     // Of equals the later one, which reads activations less often.
-    (0..SHAPES.len())
-        .min_by_key(|at| (cost(SHAPES[*at]), std::cmp::Reverse(*at)))
+    (0..shapes.len())
+        .min_by_key(|at| (cost(shapes[*at]), std::cmp::Reverse(*at)))
         .unwrap_or(0)
 }
 
@@ -385,11 +439,10 @@ mod tests {
     #[test]
     fn blocks_of_every_shape_fit_an_h100() {
         for encoding in EACH {
-            for shape in SHAPES {
-                assert!(
-                    coding(encoding).unwrap().shared(shape) <= SHARED,
-                    "{encoding} {shape:?}"
-                );
+            let coding = coding(encoding).unwrap();
+            assert_eq!(coding.kernels.len(), coding.shapes().len());
+            for shape in coding.shapes() {
+                assert!(coding.shared(*shape) <= SHARED, "{encoding} {shape:?}");
             }
         }
         assert!(coding(Encoding::Q3_K).is_none());
@@ -591,7 +644,7 @@ mod tests {
             product.packing(vectors.ptr(), scratch.ptr(), segments as u32, tokens as u32);
         // SAFETY: the kernel takes that struct, whose buffers are as long as it says.
         unsafe { function.launch(stream, launch, &mut arguments![params]) }.unwrap();
-        for (at, shape) in SHAPES.iter().enumerate() {
+        for (at, shape) in product.shapes.iter().enumerate() {
             let y = uploaded(stream, &vec![0xff; rows * tokens * 4]);
             let params = Tiled {
                 weight: weight.ptr(),
@@ -656,10 +709,17 @@ mod tests {
 
     #[test]
     fn shapes_follow_tokens_and_rows() {
-        // Few tokens: many small blocks, which divide the segments.
-        assert_eq!(SHAPES[choose(4096, 16, 8, 132)].tiles, 1);
-        // A whole chunk of a wide matrix: the largest blocks; of a narrow one: more of them.
-        assert_eq!(choose(14_336, 16, 512, 132), 3);
-        assert!(choose(512, 8, 512, 132) < 3);
+        let chosen =
+            |shapes: &[Shape], rows, segments, tokens| shapes[choose(shapes, rows, segments, tokens, 132)];
+        for shapes in [PLAIN_SHAPES, STAYING_SHAPES] {
+            // Few tokens: many small blocks, which divide the segments.
+            assert_eq!(chosen(shapes, 4096, 16, 8).tiles, 1);
+            // A whole chunk of a wide matrix: the largest blocks; of a narrow one: more of them.
+            assert_eq!(chosen(shapes, 14_336, 16, 512).row_warps, 8);
+            assert!(chosen(shapes, 512, 8, 512).row_warps < 8);
+        }
+        // Activations of few tokens are shared by more rows where these suffice.
+        assert_eq!(chosen(STAYING_SHAPES, 4096, 16, 8).row_warps, 2);
+        assert_eq!(chosen(STAYING_SHAPES, 2048, 8, 8).row_warps, 1);
     }
 }
