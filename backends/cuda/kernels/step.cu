@@ -872,8 +872,8 @@ DEVICE int begin_product(const StepParams &p, const Shared &s) {
     const AttentionPhase &attention = phase_at(s, index + DESCRIPTORS - 1).attention;
     u32 total = rows_in(s.runs + product.stream, product.matrices);
     bool is_normed = product.prologue == NORM;
+    if (!is_normed) share_segments(p, s, product, attention, p.position, number - 1);
     if (total == 0) {
-        if (!is_normed) share_segments(p, s, product, attention, p.position, number - 1);
         await_copies();
         meet();
         if (product.epilogue == LOGITS) send_best(p, s, Best{-INFINITY, 0xffffffffu}, number);
@@ -887,7 +887,6 @@ DEVICE int begin_product(const StepParams &p, const Shared &s) {
     if (is_normed) {
         ea = normed_input(p, s, product, number - 1);
     } else {
-        share_segments(p, s, product, attention, p.position, number - 1);
         ea = shared_input(p, s, product.segments, number, product.ordinal);
     }
     stamp(p, index, INPUT);
