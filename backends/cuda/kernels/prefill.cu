@@ -55,9 +55,8 @@ DEVICE void write_integers(const Records &to, const Integers &x, int sum) {
         }
         *(uint4 *)(record + 16 * lane) = uint4{high[0], high[1], low[0], low[1]};
         if (t == 0) {
-            record[FOLDED_LO + j] = us & 127;
-            record[FOLDED_B + j] = us >> 7 & 3;
-            record[FOLDED_A + j] = (u8)(us >> 9);
+            u8 *of_block = to.folded + 8 * token + j;
+            of_block[FOLDED_LO] = us & 127, of_block[FOLDED_B] = us >> 7 & 3, of_block[FOLDED_A] = (u8)(us >> 9);
         }
     }
     if (to.halved) {
@@ -73,8 +72,8 @@ DEVICE void write_integers(const Records &to, const Integers &x, int sum) {
 DEVICE void write_scale(const Records &to, int m, int e, int largest) {
     double scale = product_f64((double)m, power_f64(e - largest));
     if (to.plain) *(int2 *)(to.plain + to.token * RECORD + AT_SCALE) = make_int2(m, largest - e);
-    if (to.folded) *(double *)(to.folded + to.token * FOLDED_RECORD + FOLDED_SCALE) = scale;
-    if (to.halved) *(double *)(to.halved + to.token * HALVED_RECORD + HALVED_SCALE) = scale;
+    if (to.folded) *(double *)(to.folded + FOLDED_SCALES + 8 * to.token) = scale;
+    if (to.halved) *(double *)(to.halved + HALVED_SCALES + 8 * to.token) = scale;
 }
 
 DEVICE void write_exponent(const TilesParams &p, u32 token, int largest) {
@@ -167,6 +166,12 @@ DEVICE void quantise_vector(const IntegersParams &p, u32 token, SegmentScales &s
     if (threadIdx.x == 0) write_exponent(p.tiles, token, largest);
 }
 
+/// Eight numbers at a multiple of 16 bytes.
+DEVICE void load_eight(const float *from, float x[8]) {
+    float4 low = ((const float4 *)from)[0], high = ((const float4 *)from)[1];
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
 struct NormedParams {
     /// [tokens][cols]; where `plus` is not null, their sum is what is normed, and `sum` is where it goes.
     const float *x, *plus;
@@ -177,34 +182,38 @@ struct NormedParams {
 };
 static_assert(sizeof(NormedParams) == 120);
 
-/// Add, where it is asked for, RmsNorm, then Quantise: a block a token.
-extern "C" __global__ void __launch_bounds__(256) rms_norm_quantise(const __grid_constant__ NormedParams p) {
-    SHARED(float, scratch, [256]);
+/// Add, where it is asked for, RmsNorm, then Quantise: a block of 512 threads a token, half of which have the accumulators of the
+/// sum.
+extern "C" __global__ void __launch_bounds__(512) rms_norm_quantise(const __grid_constant__ NormedParams p) {
+    SHARED(float, scratch, [512]);
     SHARED(SegmentScales, scales, );
     u32 token = blockIdx.x, cols = p.to.cols;
     const float *x = p.x + (size_t)token * cols;
     float inv = 0.0f;
     if (token < p.to.tokens) {
         float acc = 0.0f;
+        u32 first = threadIdx.x < 256 ? threadIdx.x : cols;
         if (p.plus) {
             const float *plus = p.plus + (size_t)token * cols;
             float *sum = p.sum + (size_t)token * cols;
-#pragma unroll 4
-            for (u32 i = threadIdx.x; i < cols; i += 256) {
+#pragma unroll 8
+            for (u32 i = first; i < cols; i += 256) {
                 float y = add(x[i], plus[i]);
                 sum[i] = y;
                 acc = fma(y, y, acc);
             }
             x = sum;
         } else {
-#pragma unroll 4
-            for (u32 i = threadIdx.x; i < cols; i += 256) acc = fma(x[i], x[i], acc);
+#pragma unroll 8
+            for (u32 i = first; i < cols; i += 256) acc = fma(x[i], x[i], acc);
         }
         float ss = fold256(acc, scratch);
         inv = quotient(1.0f, root(add(quotient(ss, (float)cols), p.eps)));
     }
     quantise_vector(p.to, token, scales, [&](u32 first, float v[8]) {
-        for (u32 i = 0; i < 8; i++) v[i] = mul(mul(x[first + i], inv), p.weight[first + i]);
+        float of[8], weights[8];
+        load_eight(x + first, of), load_eight(p.weight + first, weights);
+        for (u32 i = 0; i < 8; i++) v[i] = mul(mul(of[i], inv), weights[i]);
     });
 }
 
@@ -217,11 +226,13 @@ static_assert(sizeof(GatedParams) == 96);
 
 /// Activation, Mul, then Quantise: a block a token.
 #define GATED(name, activation)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(512) name##_quantise(const __grid_constant__ GatedParams p) {         \
+    extern "C" __global__ void __launch_bounds__(1024) name##_quantise(const __grid_constant__ GatedParams p) {         \
         SHARED(SegmentScales, scales, );                                                                               \
         const float *gate = p.gate + (size_t)blockIdx.x * p.to.cols, *up = p.up + (size_t)blockIdx.x * p.to.cols;      \
         quantise_vector(p.to, blockIdx.x, scales, [&](u32 first, float v[8]) {                                         \
-            for (u32 i = 0; i < 8; i++) v[i] = mul(activation(gate[first + i]), up[first + i]);                        \
+            float gates[8], ups[8];                                                                                    \
+            load_eight(gate + first, gates), load_eight(up + first, ups);                                              \
+            for (u32 i = 0; i < 8; i++) v[i] = mul(activation(gates[i]), ups[i]);                                      \
         });                                                                                                            \
     }
 GATED(silu, silu)

@@ -22,19 +22,25 @@ namespace hoist {
 // [tokens / 8][segment] tiles of eight records.
 //
 // Folded, for Q4_K. A token's record: for each block and t = 0 … 3, h and then l of elements 8t … 8t + 7 (what a lane holds of two
-// fragments); lo, b and a of each block, where u_j · s_j = lo + 128 (b + 4a); and m_a · 2^(e_a − E_a) as a double.
+// fragments).
 //
-// Halved, for Q6_K. A token's record: for each pair of blocks and t = 0 … 3, elements 4t … 4t + 3 of the four half blocks; and the
-// double. After the records, [pair of blocks][pair of tokens] the u of both tokens for the one block and for the other.
+// Halved, for Q6_K. A token's record: for each pair of blocks and t = 0 … 3, elements 4t … 4t + 3 of the four half blocks. After
+// the records, [pair of blocks][pair of tokens] the u of both tokens for the one block and for the other.
+//
+// Between records lie 64 bytes, so that two neighbours are in different banks. In the first of these places are the eight tokens'
+// doubles m_a · 2^(e_a − E_a); in the next three, folded, the eight tokens' lo, b and a of each block, where u_j · s_j = lo + 128 (b + 4a).
 
-constexpr u32 FOLDED_RECORD = 576, FOLDED_TILE = 8 * FOLDED_RECORD;
-constexpr u32 FOLDED_LO = 512, FOLDED_B = 520, FOLDED_A = 528, FOLDED_SCALE = 536;
-constexpr u32 HALVED_RECORD = 320, HALVED_SCALE = 256, HALVED_FACTORS = 8 * HALVED_RECORD, HALVED_TILE = HALVED_FACTORS + 256;
+constexpr u32 FOLDED_RECORD = 576, FOLDED_TILE = 8 * FOLDED_RECORD, FOLDED_SCALES = 512;
+constexpr u32 FOLDED_LO = FOLDED_SCALES + FOLDED_RECORD, FOLDED_B = FOLDED_LO + FOLDED_RECORD, FOLDED_A = FOLDED_B + FOLDED_RECORD;
+constexpr u32 HALVED_RECORD = 320, HALVED_SCALES = 256, HALVED_FACTORS = 8 * HALVED_RECORD, HALVED_TILE = HALVED_FACTORS + 256;
 
 DEVICE double power_f64(int n) { return f64_of_bits((u64)(n + 1023) << 52); }
 
-/// The double of a token's record.
-DEVICE double scale_at(const u8 *record) { return *(const double *)record; }
+/// The doubles of the tokens 2t and 2t + 1.
+DEVICE void scales_at(const u8 *scales, u32 t, double token[2]) {
+    uint4 x = *(const uint4 *)(scales + 16 * t);
+    token[0] = f64_of_bits((u64)x.y << 32 | x.x), token[1] = f64_of_bits((u64)x.w << 32 | x.z);
+}
 
 // ---- encodings ----
 // BYTES of a segment; ANY_ADDRESS: segments start at even addresses only, so that a row's slot begins at the multiple of 16 before;
@@ -114,13 +120,13 @@ struct FoldedQ4_K {
         thrice(k, mins[0], mins[1]);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            const u8 *tile = tiles + n * STRIDE, *record = tile + g * FOLDED_RECORD + 4 * (t & 1);
-            u32 lo = *(const u32 *)(record + FOLDED_LO), b = *(const u32 *)(record + FOLDED_B), a = *(const u32 *)(record + FOLDED_A);
+            const u8 *tile = tiles + n * STRIDE, *sums_of = tile + 8 * g + 4 * (t & 1);
+            u32 lo = *(const u32 *)(sums_of + FOLDED_LO), b = *(const u32 *)(sums_of + FOLDED_B), a = *(const u32 *)(sums_of + FOLDED_A);
             int low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
             mma_s8(low, k[0], k[1], k[2], k[3], t < 2 ? lo : 0, 0);
             mma_s8(high, k[0], k[1], k[2], k[3], t < 2 ? b : a, t < 2 ? a : 0);
-            double token[2] = {scale_at(tile + 2 * t * FOLDED_RECORD + FOLDED_SCALE),
-                               scale_at(tile + (2 * t + 1) * FOLDED_RECORD + FOLDED_SCALE)};
+            double token[2];
+            scales_at(tile + FOLDED_SCALES, t, token);
             for (int i = 0; i < 4; i++) {
                 double product = product_f64(f64_of_i32(sums[n][i]), scale[i >> 1]);
                 double less = product_f64(f64_of_i32(low[i] + 128 * high[i]), min_scale[i >> 1]);
@@ -201,9 +207,8 @@ struct HalvedQ6_K {
         for (int r = 0; r < 2; r++) scale[r] = product_f64(f64_of_f32(f32_of_f16(u16_at(row[r] + by[r] / 8 + 208))), unit[r]);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            const u8 *tile = tiles + n * STRIDE;
-            double token[2] = {scale_at(tile + 2 * t * HALVED_RECORD + HALVED_SCALE),
-                               scale_at(tile + (2 * t + 1) * HALVED_RECORD + HALVED_SCALE)};
+            double token[2];
+            scales_at(tiles + n * STRIDE + HALVED_SCALES, t, token);
             for (int i = 0; i < 4; i++) {
                 double product = product_f64(f64_of_i32(sums[n][i]), scale[i >> 1]);
                 acc[n][i] += (i64)(floored_bits(product, token[i & 1]) - FLOORED_BITS);

@@ -516,7 +516,7 @@ mod tests {
                 "prefill",
                 "rms_norm_quantise",
                 vectors,
-                256,
+                512,
                 &mut arguments![of_sum],
             );
             let grid = (vectors.div_ceil(8), segments.div_ceil(4), 1);
@@ -532,7 +532,7 @@ mod tests {
                 "prefill",
                 "rms_norm_quantise",
                 blocks,
-                256,
+                512,
                 &mut arguments![at_once],
             );
             let bytes_of = |from: &DeviceBuffer, nbytes: u64| {
@@ -551,7 +551,7 @@ mod tests {
                 "prefill",
                 "rms_norm_quantise",
                 vectors,
-                256,
+                512,
                 &mut arguments![normed],
             );
             let expected = downloaded(&one);
@@ -576,7 +576,7 @@ mod tests {
                 run("decode", activation, 4, 256, &mut arguments![activate]);
                 run("decode", "elements_mul", 4, 256, &mut arguments![multiply]);
                 run("decode", "quantise", warps, 128, &mut arguments![quantise]);
-                run("prefill", gated, vectors, 512, &mut arguments![params]);
+                run("prefill", gated, vectors, 1024, &mut arguments![params]);
                 assert!(downloaded(&one) == downloaded(&all), "{gated}");
             }
         }

@@ -431,7 +431,7 @@ impl Prepared {
                     to,
                     eps,
                 };
-                on.run(&fused.function, Launch::linear(blocks, 256), &params)?;
+                on.run(&fused.function, Launch::linear(blocks, 512), &params)?;
             }
             fused::Kind::Gated { gate, up } => {
                 let params = Gated {
@@ -439,7 +439,7 @@ impl Prepared {
                     up: on.value(up).ptr,
                     to,
                 };
-                on.run(&fused.function, Launch::linear(blocks, 512), &params)?;
+                on.run(&fused.function, Launch::linear(blocks, 1024), &params)?;
             }
             fused::Kind::Attended => {
                 self.attend(on, at, |attention, n| {
