@@ -35,10 +35,9 @@ constexpr float MAGIC = 12582912.0f;
 constexpr u32 MAGIC_BITS = 0x4b400000u;
 
 // ---- encodings ----
-// BYTES of a segment; SLOT: its place in shared memory, a multiple of 16 that spreads rows over the banks; ANY_ADDRESS: segments
-// start at even addresses only, so that a slot begins at the multiple of 16 before; WIDE: scales are aligned within a segment
-// and sums need 64 bits; FIRST: what dot is multiplied by as f32; RAISED: what codes lack, which the sums of q make good.
-// `prepare`: for four blocks of a row (the lower or upper half of a segment), the factors c and mins of blocks, or of half blocks.
+// BYTES of a segment; SLOT: its place in shared memory, a multiple of 16 that spreads rows over the banks; WIDE: scales are aligned
+// within a segment and sums need 64 bits; FIRST: what dot is multiplied by as f32; RAISED: what codes lack, which the sums of q
+// make good. `prepare`: for four blocks of a row (the lower or upper half of a segment), the factors c and mins of blocks.
 // `fragments`: of blocks 2·pair and 2·pair + 1, weights 8t … 8t + 7.
 
 enum First { SCALE, UNIT, NEITHER };
@@ -84,11 +83,11 @@ DEVICE void prepare_packed(const u8 *row, u32 half, Scales &s) {
 /// Sub-scale times dot stays below 2^22 with codes from −16 to 15.
 struct TiledQ5_K {
     static constexpr int BYTES = 176, SLOT = 224;
-    static constexpr bool ANY_ADDRESS = false, WIDE = false, MINS = true;
+    static constexpr bool WIDE = false, MINS = true;
     static constexpr First FIRST = SCALE;
     static constexpr int RAISED = 16;
-    DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_packed(row, half, s); }
-    DEVICE void fragments(const u8 *row, u32, int pair, int t, uint2 w[2]) {
+    DEVICE void prepare(const u8 *row, u32 half, Scales &s) { prepare_packed(row, half, s); }
+    DEVICE void fragments(const u8 *row, int pair, int t, uint2 w[2]) {
         uint2 q = *(const uint2 *)(row + 48 + 32 * pair + 8 * t), high = *(const uint2 *)(row + 16 + 8 * t);
         high.x >>= 2 * pair, high.y >>= 2 * pair;
         w[0] = make_uint2(centred((q.x & 0x0f0f0f0f) | (high.x << 4 & 0x10101010), 16),
@@ -129,11 +128,11 @@ DEVICE void add_fifths(uint2 &w, const u8 *row, u32 at, int t) {
 
 struct TiledQ4_0 {
     static constexpr int BYTES = 144, SLOT = 160;
-    static constexpr bool ANY_ADDRESS = false, WIDE = true, MINS = false;
+    static constexpr bool WIDE = true, MINS = false;
     static constexpr First FIRST = UNIT;
     static constexpr int RAISED = 0;
-    DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_aligned<Q4_0>(row, half, s); }
-    DEVICE void fragments(const u8 *row, u32, int pair, int t, uint2 w[2]) {
+    DEVICE void prepare(const u8 *row, u32 half, Scales &s) { prepare_aligned<Q4_0>(row, half, s); }
+    DEVICE void fragments(const u8 *row, int pair, int t, uint2 w[2]) {
         for (int h = 0; h < 2; h++) {
             uint2 q = nibbles_of(row, 36 * pair + 18 * h + 2, t);
             w[h] = make_uint2(centred(q.x, 8), centred(q.y, 8));
@@ -143,22 +142,22 @@ struct TiledQ4_0 {
 
 struct TiledQ4_1 {
     static constexpr int BYTES = 160, SLOT = 160;
-    static constexpr bool ANY_ADDRESS = false, WIDE = true, MINS = true;
+    static constexpr bool WIDE = true, MINS = true;
     static constexpr First FIRST = UNIT;
     static constexpr int RAISED = 0;
-    DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_aligned<Q4_1>(row, half, s); }
-    DEVICE void fragments(const u8 *row, u32, int pair, int t, uint2 w[2]) {
+    DEVICE void prepare(const u8 *row, u32 half, Scales &s) { prepare_aligned<Q4_1>(row, half, s); }
+    DEVICE void fragments(const u8 *row, int pair, int t, uint2 w[2]) {
         for (int h = 0; h < 2; h++) w[h] = nibbles_of(row, 40 * pair + 20 * h + 4, t);
     }
 };
 
 struct TiledQ5_0 {
     static constexpr int BYTES = 176, SLOT = 224;
-    static constexpr bool ANY_ADDRESS = false, WIDE = true, MINS = false;
+    static constexpr bool WIDE = true, MINS = false;
     static constexpr First FIRST = UNIT;
     static constexpr int RAISED = 0;
-    DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_aligned<Q5_0>(row, half, s); }
-    DEVICE void fragments(const u8 *row, u32, int pair, int t, uint2 w[2]) {
+    DEVICE void prepare(const u8 *row, u32 half, Scales &s) { prepare_aligned<Q5_0>(row, half, s); }
+    DEVICE void fragments(const u8 *row, int pair, int t, uint2 w[2]) {
         for (int h = 0; h < 2; h++) {
             u32 at = 44 * pair + 22 * h;
             uint2 q = nibbles_of(row, at + 6, t);
@@ -170,11 +169,11 @@ struct TiledQ5_0 {
 
 struct TiledQ5_1 {
     static constexpr int BYTES = 192, SLOT = 224;
-    static constexpr bool ANY_ADDRESS = false, WIDE = true, MINS = true;
+    static constexpr bool WIDE = true, MINS = true;
     static constexpr First FIRST = UNIT;
     static constexpr int RAISED = 0;
-    DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_aligned<Q5_1>(row, half, s); }
-    DEVICE void fragments(const u8 *row, u32, int pair, int t, uint2 w[2]) {
+    DEVICE void prepare(const u8 *row, u32 half, Scales &s) { prepare_aligned<Q5_1>(row, half, s); }
+    DEVICE void fragments(const u8 *row, int pair, int t, uint2 w[2]) {
         for (int h = 0; h < 2; h++) {
             u32 at = 48 * pair + 24 * h;
             w[h] = nibbles_of(row, at + 8, t);
@@ -186,11 +185,11 @@ struct TiledQ5_1 {
 /// u · dot reaches 2^23, so that it is an integer product.
 struct TiledQ8_0 {
     static constexpr int BYTES = 272, SLOT = 288;
-    static constexpr bool ANY_ADDRESS = false, WIDE = true, MINS = false;
+    static constexpr bool WIDE = true, MINS = false;
     static constexpr First FIRST = NEITHER;
     static constexpr int RAISED = 0;
-    DEVICE void prepare(const u8 *row, u32, u32 half, Scales &s) { prepare_aligned<Q8_0>(row, half, s); }
-    DEVICE void fragments(const u8 *row, u32, int pair, int t, uint2 w[2]) {
+    DEVICE void prepare(const u8 *row, u32 half, Scales &s) { prepare_aligned<Q8_0>(row, half, s); }
+    DEVICE void fragments(const u8 *row, int pair, int t, uint2 w[2]) {
         for (int h = 0; h < 2; h++) w[h] = eight_bytes(row, 68 * pair + 34 * h + 2 + 8 * t);
     }
 };
@@ -242,7 +241,7 @@ template <class C, int NT, int ROWS> struct Prefill {
     static constexpr u32 STAGE = WEIGHTS + ACTIVATIONS, ALL_PREPARED = PREFILL_WARPS * sizeof(PreparedRows<C>);
     static constexpr int STAGES = 3 * STAGE + ALL_PREPARED <= PREFILL_SHARED ? 3 : 2;
     static_assert(STAGES * STAGE + ALL_PREPARED <= PREFILL_SHARED);
-    static constexpr u32 CHUNKS = C::ANY_ADDRESS ? (C::BYTES + 14 + 15) / 16 : C::BYTES / 16;
+    static constexpr u32 CHUNKS = C::BYTES / 16;
     static_assert(16 * CHUNKS <= C::SLOT);
     static_assert(DEPTH == 1 || PREFILL_WARPS * 32 * NT * 4 * 8 <= STAGES * STAGE);
     typedef typename Wider<C::WIDE>::T Sum;
@@ -257,8 +256,6 @@ template <class C, int NT, int ROWS> struct Prefill {
         for (u32 i = lane; i < 16 * CHUNKS; i += 32) {
             u32 row = i / CHUNKS, chunk = i % CHUNKS;
             const u8 *from = column + min(first_row + row, p.rows - 1) * p.row_bytes;
-            // A weight's place is whole multiples of 256 bytes, so that what is read beside a segment is there.
-            if (C::ANY_ADDRESS) from = (const u8 *)((size_t)from & ~(size_t)15);
             copy_16(slots + row * C::SLOT + 16 * chunk, from + 16 * chunk);
         }
         // A tile's segments follow each other. A thread brings the same place of every tile.
@@ -279,10 +276,10 @@ template <class C, int NT, int ROWS> struct Prefill {
     }
 
     /// Prepares the warp's 16 rows: two lanes a row, four blocks each.
-    DEVICE void prepare(const PrefillParams &p, PreparedRows<C> &rows, const u8 *slots, u32 first_row, u32 segment) {
+    DEVICE void prepare(const PrefillParams &p, PreparedRows<C> &rows, const u8 *slots, u32 first_row) {
         u32 lane = threadIdx.x & 31, r = lane >> 1, half = lane & 1, row = min(first_row + r, p.rows - 1);
         Scales s;
-        C::prepare(slots + r * C::SLOT, address_in_slot(p, row, segment), half, s);
+        C::prepare(slots + r * C::SLOT, half, s);
         i64 sum = 0;
         for (int i = 0; i < 4; i++) rows.c[r][4 * half + i] = C::FIRST == SCALE ? bits_of((float)s.c[i]) : s.c[i];
         if (C::FIRST == UNIT) {
@@ -297,10 +294,6 @@ template <class C, int NT, int ROWS> struct Prefill {
             rows.scale[r] = make_int4(s.m, ew - s.e, C::MINS ? s.mk : 0, C::MINS ? ew - s.ek : 0);
             rows.start[r] = -sum * (i64)MAGIC_BITS;
         }
-    }
-
-    DEVICE u32 address_in_slot(const PrefillParams &p, u32 row, u32 segment) {
-        return C::ANY_ADDRESS ? (u32)(row * p.row_bytes + (u64)segment * C::BYTES) & 15 : 0;
     }
 
     /// What dot is multiplied by first, and 1.5 · 2^23 less that many times itself.
@@ -347,7 +340,7 @@ template <class C, int NT, int ROWS> struct Prefill {
     }
 
     /// One segment of the warp's rows and all tokens.
-    DEVICE void segment(const PreparedRows<C> &rows, const u8 *slots, const u32 at[2], const u8 *tiles, i64 acc[NT][4]) {
+    DEVICE void segment(const PreparedRows<C> &rows, const u8 *slots, const u8 *tiles, i64 acc[NT][4]) {
         u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
         const u8 *slot[2] = {slots + g * C::SLOT, slots + (g + 8) * C::SLOT};
         Sum sums[NT][4];
@@ -360,8 +353,8 @@ template <class C, int NT, int ROWS> struct Prefill {
 #pragma unroll 1
         for (int pair = 0; pair < 4; pair++) {
             uint2 w[2][2];
-            C::fragments(slot[0], at[0], pair, t, w[0]);
-            C::fragments(slot[1], at[1], pair, t, w[1]);
+            C::fragments(slot[0], pair, t, w[0]);
+            C::fragments(slot[1], pair, t, w[1]);
             u32 a[2][4];
             for (int h = 0; h < 2; h++) a[h][0] = w[0][h].x, a[h][1] = w[1][h].x, a[h][2] = w[0][h].y, a[h][3] = w[1][h].y;
             // Of each block and of both rows.
@@ -452,11 +445,9 @@ template <class C, int NT, int ROWS> struct Prefill {
             const u8 *stage = shared + slot * STAGE, *slots = stage + warp * 16 * C::SLOT;
             u32 s = step * DEPTH + part;
             if (s < p.segments) {
-                prepare(p, rows, slots, first_row, s);
+                prepare(p, rows, slots, first_row);
                 meet_warp();
-                u32 at[2];
-                for (int i = 0; i < 2; i++) at[i] = address_in_slot(p, min(first_row + g + 8 * i, p.rows - 1), s);
-                segment(rows, slots, at, stage + WEIGHTS + part * TILE, acc);
+                segment(rows, slots, stage + WEIGHTS + part * TILE, acc);
             }
             slot = slot + 1 == STAGES ? 0 : slot + 1;
         }
