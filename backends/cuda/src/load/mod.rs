@@ -633,6 +633,10 @@ fn load(job: Job<'_>, remains: &mut Remains) -> Result<Notes> {
         source,
         watch,
     } = job;
+    // A small load is over before anybody looks around.
+    if watch.cancelled() {
+        return Err(Error::Cancelled);
+    }
     let started = Instant::now();
     let equipment = Arc::clone(&remains.equipment);
     let Schedule {
