@@ -1,4 +1,4 @@
-//! One token through a decoder of the llama kind in one launch: `kernels/step.cu`.
+//! One token through a decoder of the llama kind in one launch: `kernels/step.cu` and its `step_*.cuh`.
 //!
 //! A program qualifies if its operations follow the pattern of llama and qwen2, its matrices are of encodings that the
 //! kernel streams, and every input dimension is a multiple of 256. Any other program runs operation by operation; the bits
