@@ -431,6 +431,9 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             || matrix.shape.matrices != 1
             || matrix.shape.cols != from.cols as u64
             || !matrix.shape.cols.is_multiple_of(256)
+            // Row exponents are copied in pairs.
+            || !matrix.shape.rows.is_multiple_of(2)
+            || !matrix.exponents.is_multiple_of(4)
         {
             return None;
         }
