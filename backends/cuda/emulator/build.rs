@@ -1,8 +1,11 @@
-//! Compiles backends/cuda/kernels/*.cu as C++ and links them with the emulated driver, twice: as `libcuda.so.1`, and as one
-//! that lacks a symbol. Without a C++ compiler nothing is built, and the crate says so.
+//! Compiles backends/cuda/kernels/*.cu as C++ and links them with the emulated driver, three times: as `libcuda.so.1`, as one
+//! that lacks a symbol, and as one that looks for races of shared memory. Without a C++ compiler nothing is built, and the
+//! crate says so.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::{env, fs};
 
 /// What the second library hides.
@@ -22,6 +25,14 @@ const FLAGS: &[&str] = &[
     "-Wno-unknown-pragmas",
     "-Wno-unused-function",
 ];
+
+/// For the library that looks for races: a call at every access of a kernel, and what those calls go to. The sanitizer's
+/// own runtime is not linked.
+const RACES: &str = "-DHOIST_RACES";
+const CALLS: &str = "-fsanitize=thread";
+
+/// A source, and whether it is for the library that looks for races.
+type Unit = (PathBuf, bool);
 
 fn main() {
     println!("cargo::rerun-if-env-changed=CXX");
@@ -150,35 +161,57 @@ fn build(here: &Path, kernels: &Path, out: &Path) -> Result<(), String> {
         fs::write(&path, wrapper).map_err(|e| e.to_string())?;
         sources.push(path);
     }
-    for name in ["machine", "memory", "driver"] {
-        sources.push(here.join(format!("src/cpp/{name}.cpp")));
-    }
-    let compile = |source: &PathBuf| -> Result<PathBuf, String> {
-        let object = out
-            .join(source.file_name().unwrap_or_default())
-            .with_extension("o");
-        run(Command::new(compiler())
-            .args(FLAGS)
-            .args(machine_flags())
+    let own: Vec<PathBuf> = ["driver", "machine", "memory", "races"]
+        .iter()
+        .map(|name| here.join(format!("src/cpp/{name}.cpp")))
+        .collect();
+    let is_own = |source: &Path| own.iter().any(|s| s == source);
+    let compile = |(source, races): Unit| -> Result<(PathBuf, bool), String> {
+        let name = source.file_stem().unwrap_or_default().to_string_lossy();
+        let object = out.join(format!("{name}{}.o", if races { "_races" } else { "" }));
+        let mut command = Command::new(compiler());
+        command.args(FLAGS).args(machine_flags());
+        if races {
+            command.arg(RACES);
+            if !is_own(&source) {
+                command.arg(CALLS);
+            }
+        }
+        run(command
             .arg(format!("-I{}", include.display()))
             .arg(format!("-I{}", here.join("src/cpp").display()))
             .arg(format!("-I{}", kernels.display()))
             .arg("-c")
             .arg("-o")
             .arg(&object)
-            .arg(source))?;
-        Ok(object)
+            .arg(&source))?;
+        Ok((object, races))
     };
-    // The largest first, two at a time.
-    let (half, rest): (Vec<_>, Vec<_>) = sources.iter().partition(|s| s.ends_with("kernels_matmul.cpp"));
-    let objects: Vec<PathBuf> = std::thread::scope(|scope| {
-        let one = scope.spawn(|| half.into_iter().map(compile).collect::<Result<Vec<_>, _>>());
-        let other = rest.into_iter().map(compile).collect::<Result<Vec<_>, _>>()?;
-        let mut all = one.join().map_err(|_| "a compilation panicked".to_owned())??;
-        all.extend(other);
-        Ok::<_, String>(all)
+    // The largest first, by as many threads as cargo gives.
+    let is_large = |source: &PathBuf| source.ends_with("kernels_matmul.cpp");
+    sources.sort_by_key(|source| !is_large(source));
+    let units = |races: bool| {
+        sources
+            .iter()
+            .chain(&own)
+            .map(move |source| (source.clone(), races))
+    };
+    let queue = Mutex::new(units(true).chain(units(false)).collect::<VecDeque<Unit>>());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    let work = || -> Result<Vec<(PathBuf, bool)>, String> { std::iter::from_fn(next).map(compile).collect() };
+    let jobs = env::var("NUM_JOBS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(1usize);
+    let mut objects: Vec<(PathBuf, bool)> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..jobs.clamp(1, 8)).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_fold(Vec::new(), |mut all, worker| {
+            all.extend(worker.join().map_err(|_| "a compilation panicked".to_owned())??);
+            Ok::<_, String>(all)
+        })
     })?;
-    let link = |folder: &Path, hide: Option<&str>| -> Result<(), String> {
+    objects.sort();
+    let link = |folder: &Path, hide: Option<&str>, looks_for_races: bool| -> Result<(), String> {
         fs::create_dir_all(folder).map_err(|e| e.to_string())?;
         let script = folder.join("exported");
         let hidden = hide.map_or_else(String::new, |h| format!("{h};"));
@@ -194,11 +227,17 @@ fn build(here: &Path, kernels: &Path, out: &Path) -> Result<(), String> {
             .arg(format!("-Wl,--version-script={}", script.display()))
             .arg("-o")
             .arg(&library)
-            .args(&objects))?;
+            .args(
+                objects
+                    .iter()
+                    .filter(|(_, races)| *races == looks_for_races)
+                    .map(|(object, _)| object),
+            ))?;
         let plain = folder.join("libcuda.so");
         let _ = fs::remove_file(&plain);
         std::os::unix::fs::symlink("libcuda.so.1", plain).map_err(|e| e.to_string())
     };
-    link(&out.join("driver"), None)?;
-    link(&out.join("driver-incomplete"), Some(HIDDEN))
+    link(&out.join("driver"), None, false)?;
+    link(&out.join("driver-incomplete"), Some(HIDDEN), false)?;
+    link(&out.join("driver-races"), None, true)
 }

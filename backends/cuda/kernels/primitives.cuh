@@ -216,6 +216,12 @@ template <int THREADS> DEVICE void meet_threads_at(u32 id) {
     __syncwarp();
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
 }
+/// What this thread has done is before whatever those do who meet at barrier `id`, and it goes on; all lanes of the warp take
+/// part, and count among the `THREADS` that come there.
+template <int THREADS> DEVICE void arrive_threads_at(u32 id) {
+    __syncwarp();
+    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
 
 /// Every lane of the warp takes part.
 template <class T> DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

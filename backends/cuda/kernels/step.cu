@@ -76,7 +76,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
     u32 number = p.counters->token * (p.count + 1) + 1;
     embed(p, number);
     if (t < p.slots) barrier_init(s.full + t, 1);
-    if (t == 0) barrier_init(s.multiplied, WARPS);
     barriers_are_initialised();
     if (warp == WARPS - 1) fetch(p, s, 0), fetch(p, s, 1), await_copies();
     plan_runs(p, s);
@@ -115,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(const __gri
         i = phase_now(s);
         stamp(p, i, WRITTEN);
         meet_warp();
-        s.cursors[thread_now() >> 5].phase = i + 1;
+        if ((thread_now() & 31) == 0) s.cursors[thread_now() >> 5].phase = i + 1;
         meet_warp();
     }
     if (block_now() == 0 && thread_now() < 32) tell_host(p, number_of(s, p.count - 1));

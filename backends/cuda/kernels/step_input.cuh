@@ -179,16 +179,19 @@ DEVICE int normed_input(const StepParams &p, const Shared &s, const ProductPhase
     return largest_of_block(e, (int *)s.scratch + 260);
 }
 
-/// Makes this block's share of the segments of what phase `number` has written, two warps each, and sends them as of the phase
-/// behind that. Only warps of the first half do: the others may still write the results of the phase before.
-DEVICE void share_segments(const StepParams &p, const Shared &s, const ProductPhase &product, const AttentionPhase &attention,
-                           u32 position, u32 number) {
+/// Makes this block's share of the segments of what the phase before has written, two warps each, and sends them as of this
+/// phase. Only warps of the first half do: the others may still write the results of the phase before.
+DEVICE void share_segments(const StepParams &p, const Shared &s) {
     constexpr u32 PAIRS = WRITERS / 64;
     u32 t = thread_now(), pair = t >> 6, lane = t & 31;
     if (t >= WRITERS) return;
+    u32 index = phase_now(s), number = number_of(s, index) - 1;
+    const ProductPhase &product = phase_at(s, index).product;
+    // Where it is no attention, nobody looks.
+    const AttentionPhase &attention = phase_at(s, index + DESCRIPTORS - 1).attention;
     Range mine = rows_of(product.segments);
     if (mine.count == 0) return;
-    Splits splits = splits_of(attention.window, position);
+    Splits splits = splits_of(attention.window, p.position);
     bool merges = product.prologue == MERGE && splits.count <= MERGED_SPLITS;
     // Between products, where values of attention lie otherwise.
     float *x = (float *)s.values + pair * 512;
@@ -218,9 +221,21 @@ DEVICE void share_segments(const StepParams &p, const Shared &s, const ProductPh
     }
 }
 
-/// Brings the segments that were shared as of phase `number` into shared memory. Returns E_a, once all threads have met.
-/// `products` is how many products there were before.
-DEVICE int shared_input(const StepParams &p, const Shared &s, u32 segments, u32 number, u32 products) {
+/// Whether a phase's integers overwrite those that the phase before may still be multiplied by.
+DEVICE bool overwrites(const Shared &s, u32 phase) {
+    const Phase &now = phase_at(s, phase);
+    return now.kind == PRODUCT && now.product.prologue == PLAIN && phase_at(s, phase + DESCRIPTORS - 1).kind == PRODUCT;
+}
+
+/// Waits until all warps have multiplied in the phase before, if this one overwrites the integers: those who write results have
+/// waited before they wrote any.
+DEVICE void await_multiplied(const Shared &s, u32 phase) {
+    if (thread_now() < WRITERS && overwrites(s, phase)) meet_threads_at<THREADS>(INTEGERS_MEET);
+}
+
+/// Brings the segments that were shared as of this phase into shared memory. Returns E_a, once all threads have met.
+DEVICE int shared_input(const StepParams &p, const Shared &s) {
+    u32 phase = phase_now(s), number = number_of(s, phase), segments = phase_at(s, phase).product.segments;
     // Pairs of words of a thread that are asked for at once.
     constexpr u32 AT_ONCE = 4;
     u32 t = thread_now(), lane = t & 31, all = segments * (SEGMENT_WORDS / 2);
@@ -229,8 +244,7 @@ DEVICE int shared_input(const StepParams &p, const Shared &s, u32 segments, u32 
         u32 pairs[AT_ONCE][2];
         for (u32 k = 0; k < AT_ONCE; k++) from[k] = p.segments + 2 * min(base + k * THREADS + t, all - 1);
         await_pairs(from, number, pairs);
-        // Some warp may still multiply by the integers of the phase before.
-        if (base == 0 && products) barrier_wait(s.multiplied, (products - 1) & 1);
+        if (base == 0) await_multiplied(s, phase);
 #pragma unroll
         for (u32 k = 0; k < AT_ONCE; k++) {
             u32 pair = base + k * THREADS + t;

@@ -48,8 +48,7 @@ struct ProductPhase {
     u32 quantise_step;
     /// The first matrix's number among those that are streamed.
     u32 stream;
-    /// Products before this one.
-    u32 ordinal, pad;
+    u32 pad[2];
     StepMatrix matrix[3];
 };
 
@@ -142,8 +141,8 @@ struct Shared {
     /// A warp's place in the runs; the number of the first phase.
     Cursor *cursors;
     u32 *first_number;
-    /// A barrier for each slot of the ring, and one for all warps to have multiplied.
-    u64 *full, *multiplied;
+    /// A barrier for each slot of the ring.
+    u64 *full;
     Run *runs;
     Phase *phases;
     float *scratch;
@@ -160,7 +159,7 @@ struct Shared {
 };
 
 /// Where the parts of shared memory begin whose sizes are the same for every program.
-constexpr u32 SCRATCH_AT = DESCRIPTORS * sizeof(Phase), MULTIPLIED_AT = SCRATCH_AT + 320 * 4, CURSORS_AT = MULTIPLIED_AT + 16;
+constexpr u32 SCRATCH_AT = DESCRIPTORS * sizeof(Phase), NUMBER_AT = SCRATCH_AT + 320 * 4, CURSORS_AT = NUMBER_AT + 16;
 constexpr u32 VALUES_AT = CURSORS_AT + WARPS * sizeof(Cursor);
 static_assert(VALUES_AT % 16 == 0);
 
@@ -168,8 +167,7 @@ DEVICE Shared lay_out(u8 *base, const StepParams &p) {
     Shared s;
     s.phases = (Phase *)base;
     s.scratch = (float *)(base + SCRATCH_AT);
-    s.multiplied = (u64 *)(base + MULTIPLIED_AT);
-    s.first_number = (u32 *)(base + MULTIPLIED_AT + 8);
+    s.first_number = (u32 *)(base + NUMBER_AT);
     s.cursors = (Cursor *)(base + CURSORS_AT);
     s.values = (u16 *)(base + VALUES_AT);
     s.runs = (Run *)(base + p.at.runs);
@@ -193,6 +191,10 @@ DEVICE u32 number_of(const Shared &s, u32 phase) { return *(const volatile u32 *
 
 /// Waits for all threads of this block.
 DEVICE void meet() { meet_block(); }
+
+/// Numbers of barriers of a part of the block, behind those of the pairs of warps that make segments: all have multiplied, as
+/// those wait for who write results; and as the others do, before they overwrite the integers.
+constexpr u32 RESULTS_MEET = 8, INTEGERS_MEET = 9;
 
 // ---- mail ----
 

@@ -145,8 +145,19 @@ DEVICE i64 *sums_of(const StepParams &p, const Shared &s, const ProductPhase &pr
 
 DEVICE i16 *exponents_in(const StepParams &p, const Shared &s, u32 phase) { return s.exponents + (phase & 3) * p.exponent_limit; }
 
+/// Exponents before a run's first one in the pair that is copied.
+DEVICE u32 exponents_before(const Run &run, const StepMatrix &matrix) { return (u32)((u64)(matrix.exponents + run.first_row) >> 1 & 1); }
+
 /// Exponents of a run in shared memory: whole pairs, as they are copied.
-DEVICE u32 exponents_of(const Run &run) { return run.rows == 0 ? 0 : ((run.first_row + run.rows + 1) & ~1u) - (run.first_row & ~1u); }
+DEVICE u32 exponents_of(const Run &run, const StepMatrix &matrix) {
+    return run.rows == 0 ? 0 : (exponents_before(run, matrix) + run.rows + 1) & ~1u;
+}
+
+/// Tells those of the first half, by a warp of the second, that it has multiplied. There is one more phase if this one is not of
+/// the logits.
+DEVICE void give_integers_up(const Shared &s, u32 phase) {
+    if (phase_at(s, phase).product.epilogue != LOGITS && overwrites(s, phase + 1)) arrive_threads_at<THREADS>(INTEGERS_MEET);
+}
 
 /// Multiplies this block's rows of a phase's matrices and adds to their sums.
 ///
@@ -166,12 +177,12 @@ DEVICE void multiply(const StepParams &p, const Shared &s, int ea) {
     u32 slot = number % p.slots, parity = number / p.slots & 1, free_slot = 0;
     Cursor cursor = s.cursors[warp];
     Piece next = {nullptr, 0};
-    exponents += run->first_row & 1;
+    exponents += exponents_before(*run, *matrix);
     while (number < last) {
         while (number >= run->end) {
-            sums += run->rows, exponents += exponents_of(*run) - (run->first_row & 1);
+            sums += run->rows, exponents += exponents_of(*run, *matrix) - exponents_before(*run, *matrix);
             run++, matrix++;
-            exponents += run->first_row & 1;
+            exponents += exponents_before(*run, *matrix);
             coding = matrix->coding, bytes = segment_bytes(coding), piece = piece_of(coding), total = run->rows * segments;
         }
         // What takes this piece's place.
@@ -203,8 +214,14 @@ DEVICE void multiply(const StepParams &p, const Shared &s, int ea) {
         if (lane == 0 && number < last) fill(s, next, free_slot);
     }
     // The last slot is filled again when others know of the sums.
+    if (thread_now() >= WRITERS) {
+        give_integers_up(s, index);
+    } else if (phase.epilogue != LOGITS) {
+        arrive_threads_at<THREADS>(RESULTS_MEET);
+    }
+    // A warp without pieces has read the cursor, and met nowhere since.
+    meet_warp();
     if (lane == 0) {
-        barrier_arrive(s.multiplied);
         fill(s, next, free_slot);
         s.cursors[warp].run = cursor.run, s.cursors[warp].end = cursor.end;
     }
@@ -237,18 +254,19 @@ DEVICE void fetch_exponents(const StepParams &p, const Shared &s, const Phase &p
     const Run *run = s.runs + product.stream;
     for (u32 m = 0; m < product.matrices; m++, run++) {
         if (run->rows == 0) continue;
-        const i16 *from = product.matrix[m].exponents + (run->first_row & ~1u);
-        u32 words = exponents_of(*run) / 2;
+        const StepMatrix &matrix = product.matrix[m];
+        const i16 *from = matrix.exponents + run->first_row - exponents_before(*run, matrix);
+        u32 words = exponents_of(*run, matrix) / 2;
         for (u32 i = thread_now(); i < words; i += THREADS) copy_4(to + 2 * i, from + 2 * i);
         to += 2 * words;
     }
 }
 
 /// Where the exponent of a phase's row is in its quarter.
-DEVICE u32 exponent_place(const Run *run, const Place &place) {
+DEVICE u32 exponent_place(const Run *run, const StepMatrix *matrix, const Place &place) {
     u32 at = 0;
-    for (u32 m = 0; m < place.matrix; m++) at += exponents_of(run[m]);
-    return at + place.row - (run[place.matrix].first_row & ~1u);
+    for (u32 m = 0; m < place.matrix; m++) at += exponents_of(run[m], matrix[m]);
+    return at + exponents_before(run[place.matrix], matrix[place.matrix]) + place.row - run[place.matrix].first_row;
 }
 
 /// A row's result.
@@ -320,14 +338,14 @@ DEVICE void tell_host(const StepParams &p, u32 number) {
 constexpr int NO_ROWS = 1 << 30;
 
 DEVICE int begin_product(const StepParams &p, const Shared &s) {
+    if (phase_at(s, phase_now(s)).product.prologue != NORM) share_segments(p, s);
     u32 index = phase_now(s), number = number_of(s, index);
     const ProductPhase &product = phase_at(s, index).product;
-    // Where it is no attention, nobody looks.
-    const AttentionPhase &attention = phase_at(s, index + DESCRIPTORS - 1).attention;
     u32 total = rows_in(s.runs + product.stream, product.matrices);
-    bool is_normed = product.prologue == NORM;
-    if (!is_normed) share_segments(p, s, product, attention, p.position, number - 1);
     if (total == 0) {
+        await_multiplied(s, index);
+        // There are no results that anybody would wait to write.
+        if (thread_now() >= WRITERS) give_integers_up(s, index);
         await_copies();
         meet();
         if (product.epilogue == LOGITS) send_best(p, s, Best{-INFINITY, 0xffffffffu}, number);
@@ -338,10 +356,10 @@ DEVICE int begin_product(const StepParams &p, const Shared &s) {
     i64 *sums = sums_of(p, s, product, index);
     for (u32 i = thread_now(); i < total; i += THREADS) sums[i] = 0;
     int ea;
-    if (is_normed) {
+    if (product.prologue == NORM) {
         ea = normed_input(p, s, product, number - 1);
     } else {
-        ea = shared_input(p, s, product.segments, number, product.ordinal);
+        ea = shared_input(p, s);
     }
     stamp(p, index, INPUT);
     return ea;
@@ -352,7 +370,7 @@ DEVICE void finish_logits(const StepParams &p, const Shared &s, u32 index, const
     const Run &run = s.runs[product.stream];
     const StepMatrix &matrix = product.matrix[0];
     const i64 *sums = sums_of(p, s, product, index);
-    const i16 *exponents = exponents_in(p, s, index) + (run.first_row & 1);
+    const i16 *exponents = exponents_in(p, s, index) + exponents_before(run, matrix);
     Best best = {-INFINITY, 0xffffffffu};
     for (u32 i = thread_now(); i < run.rows; i += THREADS) {
         u32 row = run.first_row + i;
@@ -368,14 +386,14 @@ DEVICE void finish_product(const StepParams &p, const Shared &s, int ea) {
     u32 index = phase_now(s);
     const ProductPhase &product = phase_at(s, index).product;
     if (product.epilogue == LOGITS) {
-        barrier_wait(s.multiplied, product.ordinal & 1);
+        meet();
         stamp(p, index, MULTIPLIED);
         finish_logits(p, s, index, product, ea);
         return;
     }
     u32 t = thread_now();
     if (t < WRITERS) return;
-    barrier_wait(s.multiplied, product.ordinal & 1);
+    meet_threads_at<THREADS>(RESULTS_MEET);
     stamp(p, index, MULTIPLIED);
     u32 number = number_of(s, index);
     const Run *runs = s.runs + product.stream;
@@ -383,11 +401,11 @@ DEVICE void finish_product(const StepParams &p, const Shared &s, int ea) {
     const i16 *exponents = exponents_in(p, s, index);
     if (product.epilogue == SILU || product.epilogue == GELU) {
         // Both matrices have the same rows, so this block has both results.
-        u32 rows = runs->rows;
+        u32 rows = runs->rows, up_at = exponents_of(runs[0], product.matrix[0]) + exponents_before(runs[1], product.matrix[1]);
         for (u32 i = t - WRITERS; i < rows; i += THREADS - WRITERS) {
-            u32 row = runs->first_row + i, at = i + (runs->first_row & 1);
+            u32 row = runs->first_row + i, at = i + exponents_before(runs[0], product.matrix[0]);
             float gate = result_of(p, product.matrix[0], sums[i], exponents[at] + ea, row);
-            float up = result_of(p, product.matrix[1], sums[rows + i], exponents[at + exponents_of(*runs)] + ea, row);
+            float up = result_of(p, product.matrix[1], sums[rows + i], exponents[up_at + i] + ea, row);
             float active = product.epilogue == SILU ? silu(gate) : gelu_tanh(gate);
             send((u64 *)product.matrix[0].out + row, mul(active, up), number);
         }
@@ -397,7 +415,7 @@ DEVICE void finish_product(const StepParams &p, const Shared &s, int ea) {
     for (u32 i = t - WRITERS; i < total; i += THREADS - WRITERS) {
         Place place = place_of(runs, product.matrices, i);
         const StepMatrix &matrix = product.matrix[place.matrix];
-        float y = result_of(p, matrix, sums[i], exponents[exponent_place(runs, place)] + ea, place.row);
+        float y = result_of(p, matrix, sums[i], exponents[exponent_place(runs, product.matrix, place)] + ea, place.row);
         if (product.epilogue == RESIDUAL) s.own[i] = y = add(s.own[i], y);
         send((u64 *)matrix.out + place.row, y, number);
     }

@@ -82,6 +82,7 @@ void meet_warp(Site site);
 void meet_block(Site site);
 bool any_of_block(bool x, Site site);
 void meet_threads(int id, int threads, Site site);
+void arrive_threads(int id, int threads, Site site);
 void barrier_init(unsigned long long *barrier, unsigned count, Site site);
 void barrier_arrive(unsigned long long *barrier, unsigned expected_bytes, Site site);
 void barrier_wait(unsigned long long *barrier, unsigned parity, Site site);
@@ -332,6 +333,10 @@ DEVICE u32 block_now() { return blockIdx.x; }
 template <int THREADS> DEVICE void meet_threads_at(u32 id, HOIST_SITE) {
     static_assert(THREADS > 0 && THREADS % 32 == 0);
     emulator::meet_threads((int)id, THREADS, HOIST_HERE);
+}
+template <int THREADS> DEVICE void arrive_threads_at(u32 id, HOIST_SITE) {
+    static_assert(THREADS > 0 && THREADS % 32 == 0);
+    emulator::arrive_threads((int)id, THREADS, HOIST_HERE);
 }
 template <int ID, int THREADS> DEVICE void meet_threads(HOIST_SITE) {
     static_assert(ID > 0 && ID < 16 && THREADS > 0 && THREADS % 32 == 0);

@@ -23,6 +23,12 @@ pub fn incomplete_folder() -> Option<PathBuf> {
     built().map(|folder| folder.join("driver-incomplete"))
 }
 
+/// The folder of a `libcuda.so.1` that looks for races of shared memory: slower, and a launch in which it finds one fails.
+#[must_use]
+pub fn races_folder() -> Option<PathBuf> {
+    built().map(|folder| folder.join("driver-races"))
+}
+
 fn built() -> Option<PathBuf> {
     #[cfg(emulator)]
     return Some(PathBuf::from(env!("HOIST_EMULATOR_FOLDER")));
@@ -79,15 +85,25 @@ impl Report {
 #[must_use]
 pub fn load() -> Option<&'static Emulator> {
     static LOADED: OnceLock<Option<Emulator>> = OnceLock::new();
-    LOADED.get_or_init(open).as_ref()
+    LOADED.get_or_init(|| open(folder()?)).as_ref()
+}
+
+/// The same, of the library in [`races_folder`]. A process loads one of the two.
+///
+/// # Panics
+/// If it was built and cannot be loaded.
+#[must_use]
+pub fn load_races() -> Option<&'static Emulator> {
+    static LOADED: OnceLock<Option<Emulator>> = OnceLock::new();
+    LOADED.get_or_init(|| open(races_folder()?)).as_ref()
 }
 
 #[expect(
     clippy::panic,
     reason = "only tests come here, and a broken library must fail them"
 )]
-fn open() -> Option<Emulator> {
-    let path = folder()?.join("libcuda.so.1");
+fn open(folder: PathBuf) -> Option<Emulator> {
+    let path = folder.join("libcuda.so.1");
     // SAFETY: its initialisers only register kernels.
     match unsafe { libloading::Library::new(&path) } {
         Ok(library) => Some(Emulator { library }),
@@ -150,6 +166,22 @@ impl Emulator {
         let _ = unsafe { write(buffer.as_mut_ptr().cast(), buffer.len()) };
         let text: Vec<u8> = buffer.into_iter().take_while(|b| *b != 0).collect();
         Report::parse(&String::from_utf8_lossy(&text))
+    }
+
+    /// A call of the driver, as a function of type `F`.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    ///
+    /// # Safety
+    /// `F` is the type of that function.
+    #[expect(clippy::panic, reason = "only tests come here")]
+    pub unsafe fn function<F: Copy>(&self, symbol: &str) -> F {
+        // SAFETY: the caller vouches for the type.
+        match unsafe { self.library.get::<F>(symbol.as_bytes()) } {
+            Ok(function) => *function,
+            Err(error) => panic!("{error}"),
+        }
     }
 
     /// Whether the driver has a call of that name.

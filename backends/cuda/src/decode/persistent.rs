@@ -33,7 +33,7 @@ const WARPS: u32 = THREADS / 32;
 const RUN: u32 = 32;
 /// Descriptors of phases in shared memory.
 const DESCRIPTORS: u32 = 4;
-/// Where room for values begins in shared memory: behind descriptors, a scratch of 320 words and a barrier.
+/// Where room for values begins in shared memory: behind descriptors, a scratch of 320 words, a number and the warps' cursors.
 const VALUES_AT: u32 = DESCRIPTORS * PHASE_BYTES as u32 + 320 * 4 + 16 + WARPS * 16;
 /// Phases of a layer, and of the logits.
 const LAYER_PHASES: u64 = 5;
@@ -73,8 +73,7 @@ struct Product {
     eps: f32,
     quantise_step: u32,
     stream: u32,
-    ordinal: u32,
-    pad: u32,
+    pad: [u32; 2],
     matrix: [StepMatrix; 3],
 }
 
@@ -343,7 +342,6 @@ struct Matcher<'a, W> {
     logits_rows: u32,
     segments: u32,
     attention_bytes: u32,
-    products: u32,
     /// The residual stream, which the embedding writes.
     embedded: usize,
 }
@@ -431,9 +429,6 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             || matrix.shape.matrices != 1
             || matrix.shape.cols != from.cols as u64
             || !matrix.shape.cols.is_multiple_of(256)
-            // Row exponents are copied in pairs.
-            || !matrix.shape.rows.is_multiple_of(2)
-            || !matrix.exponents.is_multiple_of(4)
         {
             return None;
         }
@@ -492,14 +487,12 @@ impl<'w, W: Fn(WeightId) -> Result<DeviceWeight<'w>>> Matcher<'_, W> {
             magic: (1u64 << 32).div_ceil(segments.into()).min(u32::MAX.into()) as u32,
             quantise_step: from.step,
             stream,
-            ordinal: self.products,
             ..base
         };
         if base.mail != 0 {
             product.mail = base.mail;
         }
         product.matrix[..matrices.len()].copy_from_slice(matrices);
-        self.products += 1;
         self.phases.push(Phase::Product(product));
         self.described.push((name, self.layer, bytes));
         if base.epilogue == LOGITS {
@@ -757,7 +750,6 @@ impl Persistent {
             logits_rows: 0,
             segments: 0,
             attention_bytes: 0,
-            products: 0,
             embedded: 0,
         };
         let Some(embedding) = matcher.program(work.dims.kv.len(), resolved.logits) else {

@@ -3,6 +3,7 @@
 // other, on two.
 
 #include "machine.h"
+#include "races.h"
 
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -146,6 +147,8 @@ struct Warp {
 
 struct Named {
     unsigned arrived = 0, threads = 0;
+    /// What those have done who do not wait here.
+    Clocks before;
 };
 
 struct Copy {
@@ -157,6 +160,9 @@ struct Copy {
     unsigned long long *barrier;
     Site site;
     bool done;
+    /// Its run of copies, and its place there.
+    unsigned run;
+    uint32_t place;
 };
 
 struct Variable {
@@ -178,6 +184,9 @@ struct Block {
     size_t variable_bytes;
     std::vector<Variable> known;
     std::vector<unsigned long long *> barriers;
+    Races races;
+    /// Of each barrier that counts: what has arrived, and what had when its last phase was complete.
+    std::vector<Clocks> arrived, complete;
 };
 
 constexpr size_t VARIABLE_ROOM = 64 << 10;
@@ -299,6 +308,7 @@ void release_block_barrier(Block &b) {
     b.at_barrier = 0;
     b.barrier_generation++;
     b.any[b.barrier_generation & 1] = false;
+    if constexpr (LOOKS_FOR_RACES) b.races.all_meet();
     for (Fibre &f : b.fibres)
         if (f.waits == Waits::Barrier) wake(f);
 }
@@ -307,19 +317,34 @@ void release_warp(Block &b, unsigned warp) {
     Warp &w = b.warps[warp];
     w.arrived = 0, w.generation++;
     unsigned first = warp * 32;
+    // Shuffles order nothing.
+    if constexpr (LOOKS_FOR_RACES)
+        if (!w.is_exchange) b.races.warp_meets(first, w.lanes);
     for (unsigned i = first; i < first + w.lanes; i++)
         if (b.fibres[i].waits == Waits::Warp) wake(b.fibres[i]);
+}
+
+/// Lets those go on who wait at a named barrier, if all have come.
+void settle_named(Block &b, unsigned id) {
+    Named &n = b.named[id];
+    if (n.arrived < n.threads) return;
+    n.arrived = n.threads = 0;
+    if constexpr (LOOKS_FOR_RACES)
+        for (Fibre &f : b.fibres)
+            if (f.waits == Waits::Named && f.value == id) b.races.release(f.thread, n.before);
+    for (Fibre &f : b.fibres)
+        if (f.waits == Waits::Named && f.value == id) {
+            if constexpr (LOOKS_FOR_RACES) b.races.acquire(f.thread, n.before);
+            wake(f);
+        }
+    n.before = Clocks{};
 }
 
 /// A warp has come to a named barrier with all its lanes.
 void warp_at_named(Block &b, unsigned warp, unsigned id) {
     b.warps[warp].at_named = 0;
-    Named &n = b.named[id];
-    n.arrived += 32;
-    if (n.arrived < n.threads) return;
-    n.arrived = n.threads = 0;
-    for (Fibre &f : b.fibres)
-        if (f.waits == Waits::Named && f.value == id) wake(f);
+    b.named[id].arrived += 32;
+    settle_named(b, id);
 }
 
 void fibre_main() {
@@ -378,12 +403,23 @@ bool is_known(const Block &b, const unsigned long long *barrier) {
     return std::find(b.barriers.begin(), b.barriers.end(), barrier) != b.barriers.end();
 }
 
+/// A barrier's number in its block, by which `arrived` and `complete` go.
+size_t number_of(Block &b, const unsigned long long *barrier) {
+    size_t number = (size_t)(std::find(b.barriers.begin(), b.barriers.end(), barrier) - b.barriers.begin());
+    if (b.arrived.size() <= number) b.arrived.resize(number + 1), b.complete.resize(number + 1);
+    return number;
+}
+
 /// Ends the phase if it is complete.
 void settle(Block &b, unsigned long long *barrier, Word w) {
     bool complete = w.pending == 0 && w.bytes == 0;
     if (complete) w.odd = !w.odd, w.pending = w.count;
     *barrier = pack(w);
     if (!complete) return;
+    if constexpr (LOOKS_FOR_RACES) {
+        size_t number = number_of(b, barrier);
+        b.complete[number] = b.arrived[number];
+    }
     for (Fibre &f : b.fibres)
         if (f.waits == Waits::Bytes && f.address == barrier) wake(f);
 }
@@ -426,6 +462,8 @@ void carry_out(Group &g, size_t number, bool whole) {
     running = c.owner;
     std::memcpy(c.to, c.from, n);
     c.to += n, c.from += n, c.bytes -= n;
+    if constexpr (LOOKS_FOR_RACES)
+        if (c.barrier && c.bytes == 0) c.block->races.copy_is_done(c.block->arrived[number_of(*c.block, c.barrier)], c.run, c.place);
     if (c.barrier) {
         Word w = unpack(*c.barrier);
         w.bytes -= (int)n;
@@ -468,6 +506,7 @@ void set_up(Group &g, Block &b, Room &room, Index block) {
     b.any[0] = b.any[1] = false;
     for (Named &n : b.named) n = Named{};
     b.known.clear(), b.barriers.clear();
+    b.arrived.clear(), b.complete.clear();
     b.variable_bytes = 0;
     b.variables = room.variables();
     // Shared memory ends where a page does, but for its alignment.
@@ -477,6 +516,7 @@ void set_up(Group &g, Block &b, Room &room, Index block) {
     static const unsigned char patterns[] = {0xff, 0xa5, 0x7f, 0x01};
     std::memset(b.dynamic, patterns[g.random.below(4)], l.shared);
     std::memset(b.dynamic + l.shared, SLACK, rounded - l.shared);
+    if constexpr (LOOKS_FOR_RACES) b.races.begin(b.dynamic, l.shared, b.variables, VARIABLE_ROOM, threads);
     if (b.fibres.size() < threads) b.fibres.resize(threads);
     unsigned warps = (threads + 31) / 32;
     if (b.warps.size() < warps) b.warps.resize(warps);
@@ -591,6 +631,12 @@ void run_group(Group &g) {
             left--;
         }
     }
+    if constexpr (LOOKS_FOR_RACES)
+        for (Block *b : g.blocks)
+            if (b->races.any()) {
+                g.fail("block (" + std::to_string(b->fibres[0].position.block.x) + ", …): " + b->races.report());
+                break;
+            }
     // Copies that nobody waited for arrive all the same.
     while (!g.failed && g.under_way > 0 && next_copy(g, true)) {
     }
@@ -880,6 +926,20 @@ void meet_threads(int id, int threads, Site site) {
     switch_to(f.context, b.group->scheduler);
 }
 
+void arrive_threads(int id, int threads, Site site) {
+    // The barrier counts warps.
+    meet_lanes(false, nullptr, 0, "arrive_threads", site);
+    Fibre &f = current();
+    Block &b = *f.block;
+    Named &n = b.named[id];
+    if (n.threads == 0) n.threads = (unsigned)threads;
+    if (n.threads != (unsigned)threads) give_up("meets other threads at " + at(site) + " than those who wait at that barrier");
+    if constexpr (LOOKS_FOR_RACES) b.races.release(f.thread, n.before);
+    n.arrived++;
+    settle_named(b, (unsigned)id);
+    pause();
+}
+
 void barrier_init(unsigned long long *barrier, unsigned count, Site site) {
     Block &b = *current().block;
     if (!in_shared(b, barrier, 8) || (uintptr_t)barrier % 8) give_up("a barrier outside shared memory at " + at(site));
@@ -897,6 +957,7 @@ void barrier_arrive(unsigned long long *barrier, unsigned expected_bytes, Site s
     Block &b = *current().block;
     Word w = valid(b, barrier, "arrival", site);
     if (w.pending == 0) give_up("arrival at " + at(site) + ": more of them than the barrier counts");
+    if constexpr (LOOKS_FOR_RACES) b.races.release(current().thread, b.arrived[number_of(b, barrier)]);
     w.bytes += (int)expected_bytes;
     if (w.bytes >= 1 << 20) give_up("arrival at " + at(site) + ": more bytes than a barrier can count");
     w.pending--;
@@ -913,6 +974,7 @@ void barrier_wait(unsigned long long *barrier, unsigned parity, Site site) {
         f.address = barrier, f.value = parity;
         sleep(Waits::Bytes, "barrier_wait", site);
     }
+    if constexpr (LOOKS_FOR_RACES) b.races.acquire(f.thread, b.complete[number_of(b, barrier)]);
     pause();
 }
 
@@ -922,7 +984,13 @@ void bulk_copy(void *to, const void *from, unsigned bytes, unsigned long long *b
     valid(b, barrier, "bulk copy", site);
     if (((uintptr_t)to | (uintptr_t)from | bytes) % 16 != 0) give_up("bulk copy at " + at(site) + ": not in units of 16 bytes");
     if (bytes == 0 || !in_shared(b, to, bytes)) give_up("bulk copy at " + at(site) + ": not to shared memory");
-    start_copy(Copy{&b, &f, (unsigned char *)to, (const unsigned char *)from, bytes, 0, barrier, site, false});
+    unsigned run = 0;
+    uint32_t place = 0;
+    if constexpr (LOOKS_FOR_RACES) {
+        run = b.races.of_barrier(number_of(b, barrier));
+        place = b.races.copy_starts(f.thread, run, to, bytes, site);
+    }
+    start_copy(Copy{&b, &f, (unsigned char *)to, (const unsigned char *)from, bytes, 0, barrier, site, false, run, place});
     pause();
 }
 
@@ -932,7 +1000,9 @@ void thread_copy(void *to, const void *from, unsigned bytes, Site site) {
     if (((uintptr_t)to | (uintptr_t)from) % bytes != 0) give_up("copy at " + at(site) + ": not aligned");
     if (!in_shared(b, to, bytes)) give_up("copy at " + at(site) + ": not to shared memory");
     f.copies.push_back(b.group->copies.size());
-    start_copy(Copy{&b, &f, (unsigned char *)to, (const unsigned char *)from, bytes, f.group, nullptr, site, false});
+    uint32_t place = 0;
+    if constexpr (LOOKS_FOR_RACES) place = b.races.copy_starts(f.thread, f.thread, to, bytes, site);
+    start_copy(Copy{&b, &f, (unsigned char *)to, (const unsigned char *)from, bytes, f.group, nullptr, site, false, f.thread, place});
 }
 
 void end_copies() { current().group++; }
@@ -946,8 +1016,10 @@ void await_copies(unsigned recent_groups, bool open_group_too) {
     for (size_t number : f.copies) {
         Copy &c = g.copies[number];
         if (!c.done && c.group < wanted) carry_out(g, number, true);
+        if constexpr (LOOKS_FOR_RACES)
+            if (c.group < wanted) f.block->races.copy_is_awaited(f.thread, f.thread, c.place);
     }
-    f.copies.erase(std::remove_if(f.copies.begin(), f.copies.end(), [&g](size_t number) { return g.copies[number].done; }), f.copies.end());
+    f.copies.erase(std::remove_if(f.copies.begin(), f.copies.end(), [&](size_t number) { return g.copies[number].group < wanted; }), f.copies.end());
     pause();
 }
 
@@ -999,3 +1071,61 @@ unsigned long long nanoseconds() {
 }
 
 } // namespace emulator
+
+#ifdef HOIST_RACES
+// What `-fsanitize=thread` calls at every access. The runtime that belongs to it is not linked: these are in its place.
+
+namespace {
+
+inline void note(const void *at, size_t bytes, emulator::Access kind, const void *code) {
+    emulator::Fibre *f = emulator::running;
+    if (f) f->block->races.access(f->thread, at, bytes, kind, code);
+}
+
+} // namespace
+
+using emulator::Access;
+#define CODE __builtin_return_address(0)
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void *) {}
+void __tsan_func_exit() {}
+void __tsan_read_range(void *at, size_t bytes) { note(at, bytes, Access::Read, CODE); }
+void __tsan_write_range(void *at, size_t bytes) { note(at, bytes, Access::Write, CODE); }
+#define HOOKS(N)                                                                                                       \
+    void __tsan_read##N(void *at) { note(at, N, Access::Read, CODE); }                                                 \
+    void __tsan_write##N(void *at) { note(at, N, Access::Write, CODE); }                                               \
+    void __tsan_unaligned_read##N(void *at) { note(at, N, Access::Read, CODE); }                                       \
+    void __tsan_unaligned_write##N(void *at) { note(at, N, Access::Write, CODE); }
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+#define ATOMICS(BITS, T)                                                                                               \
+    T __tsan_atomic##BITS##_load(const volatile T *a, int) {                                                           \
+        note((const void *)a, sizeof *a, Access::Atomic, CODE);                                                        \
+        return __atomic_load_n(a, __ATOMIC_SEQ_CST);                                                                   \
+    }                                                                                                                  \
+    void __tsan_atomic##BITS##_store(volatile T *a, T x, int) {                                                        \
+        note((const void *)a, sizeof *a, Access::Atomic, CODE);                                                        \
+        __atomic_store_n(a, x, __ATOMIC_SEQ_CST);                                                                      \
+    }                                                                                                                  \
+    T __tsan_atomic##BITS##_exchange(volatile T *a, T x, int) {                                                        \
+        note((const void *)a, sizeof *a, Access::Atomic, CODE);                                                        \
+        return __atomic_exchange_n(a, x, __ATOMIC_SEQ_CST);                                                            \
+    }                                                                                                                  \
+    T __tsan_atomic##BITS##_fetch_add(volatile T *a, T x, int) {                                                       \
+        note((const void *)a, sizeof *a, Access::Atomic, CODE);                                                        \
+        return __atomic_fetch_add(a, x, __ATOMIC_SEQ_CST);                                                             \
+    }                                                                                                                  \
+    int __tsan_atomic##BITS##_compare_exchange_strong(volatile T *a, T *expected, T x, int, int) {                     \
+        note((const void *)a, sizeof *a, Access::Atomic, CODE);                                                        \
+        return __atomic_compare_exchange_n(a, expected, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                 \
+    }
+ATOMICS(32, uint32_t)
+ATOMICS(64, uint64_t)
+void __tsan_atomic_thread_fence(int) {}
+}
+#endif

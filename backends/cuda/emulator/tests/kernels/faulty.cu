@@ -121,3 +121,75 @@ extern "C" __global__ void narrows(const float *in, u32 *out) {
     u32 i = blockIdx.x * blockDim.x + threadIdx.x;
     out[i] = f16_of_f32(in[i]);
 }
+
+// ---- orders of accesses to shared memory ----
+
+enum Hand : u32 { NOTHING = 0, BLOCK = 1, NAMED = 2, ARRIVES = 3, WARP_AND_ARRIVAL = 4, ARRIVAL = 5 };
+
+/// A warp writes a word a lane, another one reads them; `how` says what is between.
+extern "C" __global__ void hands_over(u32 *out, u32 how) {
+    SHARED(u32, words, [32]);
+    SHARED(u64, barrier, [1]);
+    u32 t = threadIdx.x, lane = t & 31;
+    if (t == 0) barrier_init(barrier, 1);
+    meet_block();
+    if (t < 32) words[lane] = lane;
+    if (how == BLOCK) {
+        meet_block();
+    } else if (how == NAMED) {
+        meet_threads_at<64>(3);
+    } else if (t < 32) {
+        if (how == ARRIVES) arrive_threads_at<64>(3);
+        if (how == WARP_AND_ARRIVAL) meet_warp();
+        // One lane's arrival says nothing of the others, unless they have met it.
+        if (how >= WARP_AND_ARRIVAL && lane == 0) barrier_arrive(barrier);
+    } else {
+        if (how == ARRIVES) meet_threads_at<64>(3);
+        if (how >= WARP_AND_ARRIVAL) barrier_wait(barrier, 0);
+    }
+    if (t >= 32) out[lane] = words[31 - lane];
+}
+
+/// Lanes read what their neighbours write: with nothing between (0), a meeting (1), or a shuffle, which orders nothing (2).
+extern "C" __global__ void neighbours(u32 *out, u32 how) {
+    SHARED(u32, words, [32]);
+    u32 t = threadIdx.x, x = t;
+    words[t] = t;
+    if (how == 1) meet_warp();
+    if (how == 2) x = shuffle_xor(t, 1);
+    out[t] = words[t ^ 1] + x;
+}
+
+/// A slot is filled, read by a warp, and filled again: after the lanes have met (0), at once (1), or so that the second fill is
+/// not waited for before it is read (2). Words that a thread copies itself are read by the neighbour, after (0) or before (3)
+/// all have met.
+extern "C" __global__ void refills(const u32 *from, u32 *out, u32 how) {
+    SHARED(u64, barrier, [1]);
+    DYNAMIC_SHARED(u32, slot, 128);
+    u32 t = threadIdx.x, sum = 0;
+    if (t == 0) barrier_init(barrier, 1);
+    barriers_are_initialised();
+    meet_block();
+    for (u32 round = 0; round < 2; round++) {
+        if (t == 0) barrier_expect(barrier, 128), bulk_copy(slot, from + 32 * round, 128, barrier);
+        if (round == 0 || how != 2) barrier_wait(barrier, round);
+        meet_warp();
+        sum += slot[31 - t];
+        if (how != 1) meet_warp();
+    }
+    barrier_wait(barrier, 1);
+    copy_4(slot + 32 + t, from + t);
+    await_copies();
+    if (how != 3) meet_warp();
+    out[t] = sum + slot[32 + (t ^ 1)];
+}
+
+/// All threads add to a word, and the first one reads it: when all have met, or not.
+extern "C" __global__ void counts(u32 *out, u32 meets) {
+    SHARED(u32, count, [1]);
+    if (threadIdx.x == 0) *count = 0;
+    meet_block();
+    atomic_add(count, 1);
+    if (meets) meet_block();
+    if (threadIdx.x == 0) *out = *count;
+}
