@@ -1,4 +1,4 @@
-use crate::{Encoding, FloatLayout, MemoryByClass, Role};
+use crate::{Encoding, Error, FloatLayout, MemoryByClass, Result, Role, UnsupportedWhat};
 
 /// A weight of a plan: an index into [`LoadPlan::weights`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -180,6 +180,56 @@ impl WeightPlan {
     /// Uploads are aligned to multiples of this many canonical bytes: a block.
     pub fn granule(&self) -> u64 {
         self.encoding.block_bytes()
+    }
+
+    /// Checks what every backend relies on: the id of its place in the plan, an encoding of weights, and a shape, canonical
+    /// bytes and a class that agree. The caller has validated the model.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], in the name of `backend`, for an encoding that no weight has; [`Error::InvalidArgument`].
+    pub fn check(&self, backend: &str, place: usize) -> Result<()> {
+        let name = &self.name;
+        if self.id.index() != place {
+            return Err(Error::invalid(format!("id of weight `{name}`"), place, self.id.0));
+        }
+        let (encoding, shape) = (self.encoding, self.shape);
+        if !(encoding.is_float() || encoding.is_quantized()) {
+            return Err(Error::Unsupported {
+                backend: backend.into(),
+                what: UnsupportedWhat::Encoding {
+                    encoding,
+                    usage: "weights",
+                },
+            });
+        }
+        if shape.matrices == 0 || shape.rows == 0 || shape.cols == 0 {
+            return Err(Error::invalid(
+                format!("shape of `{name}`"),
+                "no zero dimension",
+                shape,
+            ));
+        }
+        let nbytes = encoding.nbytes(shape)?;
+        if nbytes != self.nbytes {
+            return Err(Error::invalid(
+                format!("canonical bytes of `{name}`"),
+                nbytes,
+                self.nbytes,
+            ));
+        }
+        let class_fits = match self.class {
+            WeightClass::Quantized => encoding.is_quantized(),
+            WeightClass::Float => encoding.is_float(),
+            WeightClass::Gamma | WeightClass::Bias => encoding == Encoding::F32,
+        };
+        if !class_fits {
+            return Err(Error::invalid(
+                format!("class of `{name}`"),
+                format!("one that holds {encoding}"),
+                format!("{:?}", self.class),
+            ));
+        }
+        Ok(())
     }
 }
 
