@@ -12,7 +12,7 @@ use crate::decode;
 use crate::device::{self, Gpu};
 use crate::load;
 use crate::program::{self, Compiled, Context};
-use crate::residency::{ALIGNMENT, ROW_BYTES, Residency};
+use crate::residency::{ALIGNMENT, ROW_BYTES, Residency, most_row_bytes};
 use crate::shaders::{NARROW, WIDE};
 use crate::workspace::{self, Workspace};
 
@@ -92,6 +92,7 @@ impl WgpuBackend {
         };
         let gpu = Gpu::shared(ordinal)?;
         gpu.check("opening", 0)?;
+        let limit = gpu.binding_limit.min(adapter.binding_limit.unwrap_or(u64::MAX));
         let mut backend = Self {
             info: BackendInfo {
                 name: crate::NAME.into(),
@@ -102,7 +103,10 @@ impl WgpuBackend {
                 computed: EncodingSet::weights(),
                 ops: OpSet::all(),
                 float_layout: FloatLayout::OutIn,
-                limits: Limits::default(),
+                limits: Limits {
+                    max_row_bytes: Some(most_row_bytes(limit)),
+                    ..Limits::default()
+                },
                 sizing: Sizing {
                     weight_alignment: ALIGNMENT,
                     quantized_row_bytes: ROW_BYTES,
@@ -113,7 +117,7 @@ impl WgpuBackend {
             },
             budget: options.memory_budget,
             threads,
-            limit: gpu.binding_limit.min(adapter.binding_limit.unwrap_or(u64::MAX)),
+            limit,
             fuses: !options.force_scalar,
             threads_together: match options.force_scalar || adapter.is_cpu.unwrap_or(gpu.is_cpu) {
                 true => NARROW,

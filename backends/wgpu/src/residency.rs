@@ -17,6 +17,9 @@ pub(crate) const ALIGNMENT: u64 = 64;
 /// Bytes kept beside each row of a quantised matrix: its largest exponent, or the scale of an AprQ8 matrix.
 pub(crate) const ROW_BYTES: u64 = 4;
 
+/// What stands in front of a matrix at most: the scale of an AprQ8 one.
+const PREFIX_BYTES: u64 = 4;
+
 /// Most bytes that are read back at a time.
 const READ_BYTES: u64 = 16 << 20;
 
@@ -131,56 +134,31 @@ pub(crate) struct Residency {
 
 /// Checks what this backend relies on; the caller has validated the model.
 fn check(plan: &WeightPlan, place: usize) -> Result<()> {
-    let name = &plan.name;
-    if plan.id.index() != place {
-        return Err(Error::invalid(format!("id of weight `{name}`"), place, plan.id.0));
-    }
-    let unsupported = |what| Error::Unsupported {
-        backend: crate::NAME.into(),
-        what,
-    };
-    let encoding = plan.encoding;
-    if !(encoding.is_float() || encoding.is_quantized()) {
-        return Err(unsupported(UnsupportedWhat::Encoding {
-            encoding,
-            usage: "weights",
-        }));
-    }
+    plan.check(crate::NAME, place)?;
     if plan.layout != FloatLayout::OutIn {
-        return Err(unsupported(UnsupportedWhat::Other(format!(
-            "the layout of `{name}`, {:?}",
-            plan.layout
-        ))));
-    }
-    let shape = plan.shape;
-    if shape.matrices == 0 || shape.rows == 0 || shape.cols == 0 {
-        return Err(Error::invalid(
-            format!("shape of `{name}`"),
-            "no zero dimension",
-            shape,
-        ));
-    }
-    let nbytes = encoding.nbytes(shape)?;
-    if nbytes != plan.nbytes {
-        return Err(Error::invalid(
-            format!("canonical bytes of `{name}`"),
-            nbytes,
-            plan.nbytes,
-        ));
-    }
-    let class_fits = match plan.class {
-        WeightClass::Quantized => encoding.is_quantized(),
-        WeightClass::Float => encoding.is_float(),
-        WeightClass::Gamma | WeightClass::Bias => encoding == Encoding::F32,
-    };
-    if !class_fits {
-        return Err(Error::invalid(
-            format!("class of `{name}`"),
-            format!("one that holds {encoding}"),
-            format!("{:?}", plan.class),
-        ));
+        return Err(Error::Unsupported {
+            backend: crate::NAME.into(),
+            what: UnsupportedWhat::Other(format!("the layout of `{}`, {:?}", plan.name, plan.layout)),
+        });
     }
     Ok(())
+}
+
+/// Most bytes of a row whose weight can be split over buffers of `limit` bytes: a part has four rows at least, since four
+/// end at a word.
+pub(crate) fn most_row_bytes(limit: u64) -> u64 {
+    (limit.saturating_sub(2 * ALIGNMENT) / 4).saturating_sub(ROW_BYTES + PREFIX_BYTES)
+}
+
+/// Demands that no size exceeds what the device can have.
+pub(crate) fn within(what: &'static str, found: u64, limit: u64) -> Result<u64> {
+    if found <= limit {
+        return Ok(found);
+    }
+    Err(Error::Unsupported {
+        backend: crate::NAME.into(),
+        what: UnsupportedWhat::Limit { what, limit, found },
+    })
 }
 
 fn beside(class: WeightClass) -> u64 {
@@ -213,25 +191,20 @@ impl Residency {
                 constants_done: false,
                 prefixes: Mutex::default(),
             };
-            let total = weight
-                .shape
-                .matrices
-                .checked_mul(weight.shape.rows)
-                .filter(|rows| u32::try_from(*rows).is_ok())
-                .ok_or_else(|| Error::Unsupported {
-                    backend: crate::NAME.into(),
-                    what: UnsupportedWhat::Limit {
-                        what: "rows of a weight",
-                        limit: u32::MAX.into(),
-                        found: u64::MAX,
-                    },
-                })?;
+            // The bytes of all rows fit 64 bits.
+            let total = weight.shape.matrices * weight.shape.rows;
+            within("rows of a weight", total, u32::MAX.into())?;
+            within(
+                "bytes of a row of a weight",
+                resident.row_bytes(),
+                most_row_bytes(limit),
+            )?;
             if weight.encoding.matrix_prefix_bytes() > 0 {
                 // Bounded by the weight's own bytes, which fit the plan's arena.
                 *resident.prefixes() =
                     vec![0; (weight.shape.matrices * weight.encoding.matrix_prefix_bytes()) as usize];
             }
-            lay_out(&mut resident, total, limit, &mut sizes)?;
+            lay_out(&mut resident, total, limit, &mut sizes);
             weights.push(resident);
         }
         admit(sizes.iter().fold(0, |sum: u64, n| sum.saturating_add(*n)))?;
@@ -419,7 +392,7 @@ fn runs(weight: &Resident, at: u64, len: u64) -> impl Iterator<Item = (usize, u6
 }
 
 /// Gives a weight its parts, in the last buffer or in new ones.
-fn lay_out(weight: &mut Resident, total: u64, limit: u64, sizes: &mut Vec<u64>) -> Result<()> {
+fn lay_out(weight: &mut Resident, total: u64, limit: u64, sizes: &mut Vec<u64>) {
     let beside = beside(weight.class);
     let mut first = 0;
     while first < total {
@@ -440,18 +413,8 @@ fn lay_out(weight: &mut Resident, total: u64, limit: u64, sizes: &mut Vec<u64>) 
         if footprint(rows) > limit {
             // Prefixes are counted once too often, and padding once too much.
             let each = weight.row_bytes() + beside + weight.encoding.matrix_prefix_bytes();
-            // A multiple of four rows ends at a word.
+            // A multiple of four rows ends at a word, and four fit: see `most_row_bytes`.
             rows = limit.saturating_sub(2 * ALIGNMENT) / each / 4 * 4;
-            if rows == 0 {
-                return Err(Error::Unsupported {
-                    backend: crate::NAME.into(),
-                    what: UnsupportedWhat::Limit {
-                        what: "bytes of four rows of a weight",
-                        limit,
-                        found: 4 * each,
-                    },
-                });
-            }
         }
         let needed = footprint(rows);
         let arena = match sizes.last() {
@@ -475,5 +438,4 @@ fn lay_out(weight: &mut Resident, total: u64, limit: u64, sizes: &mut Vec<u64>) 
         sizes[arena] += needed;
         first += rows;
     }
-    Ok(())
 }

@@ -3,12 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use hoist_backend::{
-    Error, KvDtype, KvSpec, Result, TokenRow, UnsupportedWhat, ValueKind, WorkspaceBytes, WorkspaceDims,
-};
+use hoist_backend::{Error, KvDtype, KvSpec, Result, TokenRow, ValueKind, WorkspaceBytes, WorkspaceDims};
 use wgpu::{Buffer, BufferUsages};
 
 use crate::device::Gpu;
+use crate::residency::within;
 use crate::shaders::{PART_LOGITS, RECORD_WORDS, SPLIT};
 
 /// Tokens that run together at most; larger batches are cut, which moves no bit.
@@ -76,6 +75,11 @@ pub(crate) fn keys_words(dims: &WorkspaceDims, kv: KvSpec) -> Option<u64> {
         .checked_mul(kv.kv_heads.into())?
         .checked_mul(dims.capacity.max_context.into())?
         .checked_mul(dims.capacity.max_sequences.into())
+}
+
+/// Bytes of a layer's keys and values.
+fn cache_bytes(dims: &WorkspaceDims, kv: KvSpec) -> Option<u64> {
+    keys_words(dims, kv)?.checked_mul(2 * 4)
 }
 
 /// Words of a batch's list of `tokens` rows, so that another may follow it.
@@ -187,14 +191,18 @@ fn too_large(dims: &WorkspaceDims) -> Error {
     )
 }
 
-/// Bytes of a workspace.
+/// Bytes of a workspace, none of whose buffers exceeds `limit`.
 pub(crate) fn bytes(dims: &WorkspaceDims, limit: u64) -> Result<WorkspaceBytes> {
+    let mut kv = Some(0u64);
+    for spec in &dims.kv {
+        let layer = cache_bytes(dims, *spec).ok_or_else(|| too_large(dims))?;
+        within("bytes of a layer's keys and values", layer, limit)?;
+        kv = kv.and_then(|sum| sum.checked_add(layer.max(16)));
+    }
+    within("bytes of tables", dims.table_bytes, limit)?;
+    let places = Places::new(dims, limit).ok_or_else(|| too_large(dims))?;
+    within("bytes of activations", places.words.saturating_mul(4), limit)?;
     let count = || -> Option<WorkspaceBytes> {
-        let mut kv = 0u64;
-        for spec in &dims.kv {
-            kv = kv.checked_add(keys_words(dims, *spec)?.checked_mul(8)?.max(16))?;
-        }
-        let places = Places::new(dims, limit)?;
         let workspace = places
             .words
             .checked_mul(4)?
@@ -203,40 +211,28 @@ pub(crate) fn bytes(dims: &WorkspaceDims, limit: u64) -> Result<WorkspaceBytes> 
             .checked_add(lists_bytes(dims))?
             .checked_add(places.results_bytes(dims.vocab))?
             .checked_add(4 * 16)?;
-        Some(WorkspaceBytes { kv, workspace })
+        Some(WorkspaceBytes { kv: kv?, workspace })
     };
     count().ok_or_else(|| too_large(dims))
 }
 
 impl Workspace {
-    /// Allocates it; the caller has checked that [`bytes`] can be had.
+    /// Allocates it; the caller has asked [`bytes`], and checked that they can be had.
     pub(crate) fn new(dims: &WorkspaceDims, gpu: &Gpu, limit: u64) -> Result<Self> {
         let places = Places::new(dims, limit).ok_or_else(|| too_large(dims))?;
-        let within = |what, found: u64| {
-            if found <= limit {
-                return Ok(found);
-            }
-            Err(Error::Unsupported {
-                backend: crate::NAME.into(),
-                what: UnsupportedWhat::Limit { what, limit, found },
-            })
-        };
         let storage = BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
         let mut caches = Vec::with_capacity(dims.kv.len());
         for kv in &dims.kv {
-            let words = keys_words(dims, *kv).and_then(|n| n.checked_mul(8));
-            let nbytes = within("bytes of a layer's keys and values", words.unwrap_or(u64::MAX))?;
+            let nbytes = cache_bytes(dims, *kv).ok_or_else(|| too_large(dims))?;
             caches.push(gpu.buffer("keys and values", nbytes, storage)?);
         }
-        let work = within("bytes of activations", places.words * 4)?;
-        let tables = within("bytes of tables", dims.table_bytes)?;
         let tail_at = 4 * batch_words(places.tokens);
         let clean = gpu.buffer("clean status", 16, storage)?;
         gpu.queue.write_buffer(&clean, 0, &[0xff; 16]);
         Ok(Self {
-            work: gpu.buffer("activations", work, storage)?,
+            work: gpu.buffer("activations", 4 * places.words, storage)?,
             caches,
-            tables: gpu.buffer("tables", tables, storage)?,
+            tables: gpu.buffer("tables", dims.table_bytes, storage)?,
             batch: gpu.buffer("batch", 2 * tail_at, storage)?,
             tail_at,
             status: gpu.buffer("status", 16, storage)?,

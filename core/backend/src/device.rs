@@ -137,6 +137,8 @@ pub enum FloatLayout {
 pub struct Limits {
     /// Most bytes of one weight.
     pub max_weight_bytes: Option<u64>,
+    /// Most canonical bytes of one row of a weight; a vector is one row.
+    pub max_row_bytes: Option<u64>,
     /// Most tokens in one batch.
     pub max_batch_tokens: Option<u32>,
     /// Most sequences.

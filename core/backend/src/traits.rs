@@ -118,7 +118,7 @@ pub trait WeightBackend: Send {
     /// activations and tables; a backend with scratch of its own adds it.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the sizes overflow.
+    /// [`Error::InvalidArgument`] if the sizes overflow; [`Error::Unsupported`] for a size that no buffer of the device has.
     fn workspace_bytes(&self, dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
         dims.kv_bytes()
             .zip(dims.value_bytes())

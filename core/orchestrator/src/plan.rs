@@ -250,13 +250,19 @@ fn plan_weight(
     if nbytes == 0 {
         return Err(inconsistent("the shape", &"without zeros", &weight.shape));
     }
-    if let Some(limit) = info.limits.max_weight_bytes.filter(|limit| nbytes > *limit) {
-        return Err(PlanError::Limit {
-            what: format!("the size of weight `{}`", weight.name),
-            backend: info.name.clone(),
-            limit,
-            found: nbytes,
-        });
+    let row = weight.shape.cols / weight.encoding.block_weights() * weight.encoding.block_bytes();
+    for (what, found, limit) in [
+        ("the size", nbytes, info.limits.max_weight_bytes),
+        ("a row", row, info.limits.max_row_bytes),
+    ] {
+        if let Some(limit) = limit.filter(|limit| found > *limit) {
+            return Err(PlanError::Limit {
+                what: format!("{what} of weight `{}` in bytes", weight.name),
+                backend: info.name.clone(),
+                limit,
+                found,
+            });
+        }
     }
     let source_bytes = source_bytes(&weight.views).ok_or_else(|| overflow("the source views"))?;
     let expected = source_size(weight, nbytes).ok_or_else(|| {
@@ -548,6 +554,15 @@ mod tests {
             devices: vec![DeviceMemory {
                 device: "fake".into(),
                 total: 1 << 30,
+        plan(vec![w.clone()], &info).unwrap();
+        info.limits.max_row_bytes = Some(15);
+        let refused = plan(vec![w.clone()], &info).unwrap_err().to_string();
+        assert!(refused.contains("a row of weight"), "{refused}");
+        assert!(
+            refused.contains(" is 16") && refused.contains(" is 15"),
+            "{refused}"
+        );
+        info.limits.max_row_bytes = Some(16);
                 free,
                 budget,
                 resident: MemoryByClass::default(),
