@@ -4,7 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use hoist_core::backend::{DeviceInfo, Error, OpenOptions, Provider, WeightBackend};
+use hoist_core::backend::{
+    BackendInfo, Capacity, DecodeProgram, DeviceInfo, Error, LoadPlan, MemoryInfo, OpenOptions, Outline,
+    Provider, WeightBackend,
+};
+use hoist_core::model::ResolvedModel;
+use hoist_core::orchestrator::{PlanError, plan_for, plan_outlined};
 use hoist_plugin_host::{Candidate, Isolation, Lockfile, Probe};
 
 use crate::args::DeviceArgs;
@@ -80,6 +85,95 @@ impl Selected {
     /// Opens the device.
     pub(crate) fn open(&self, options: &OpenOptions) -> Result<Box<dyn WeightBackend>, Error> {
         self.provider.open(self.ordinal, options)
+    }
+}
+
+/// What a plan is made for.
+pub(crate) enum Planned {
+    /// A device.
+    Open(Box<dyn WeightBackend>),
+    /// One that is not here, for that reason, of which the user has said how much memory it has.
+    Assumed(Outline, Error),
+}
+
+/// Opens a device to plan for. Where there is none, a backend may know enough without it.
+pub(crate) fn planned_for(device: &DeviceArgs) -> Result<Planned> {
+    let options = device.open_options();
+    let opened = select(device).and_then(|selected| Ok(selected.open(&options)?));
+    let missing = match opened {
+        Ok(backend) => return Ok(Planned::Open(backend)),
+        Err(error) => error.downcast::<Error>()?,
+    };
+    let Error::Unavailable {
+        backend,
+        reason,
+        hint,
+    } = missing
+    else {
+        return Err(missing.into());
+    };
+    let name = device.backend.split(':').next().unwrap_or_default();
+    let outline = match all().iter().find(|p| p.name() == name) {
+        Some(provider) => provider.outline(&options)?,
+        None => None,
+    };
+    let more = match (outline, device.memory) {
+        (Some(outline), Some(_)) => {
+            let missing = Error::Unavailable {
+                backend,
+                reason,
+                hint,
+            };
+            return Ok(Planned::Assumed(outline, missing));
+        }
+        (Some(_), None) => Some("with --memory, a device that has so much is planned for without it"),
+        (None, Some(_)) => {
+            Some("what this backend can hold depends on its device, so that there is no plan without it")
+        }
+        (None, None) => None,
+    };
+    let hints: Vec<&str> = hint.as_deref().into_iter().chain(more).collect();
+    Err(Error::Unavailable {
+        backend,
+        reason,
+        hint: (!hints.is_empty()).then(|| hints.join("; ")),
+    }
+    .into())
+}
+
+impl Planned {
+    pub(crate) fn info(&self) -> &BackendInfo {
+        match self {
+            Planned::Open(backend) => backend.info(),
+            Planned::Assumed(outline, _) => &outline.info,
+        }
+    }
+
+    /// Memory now, or as it is assumed.
+    pub(crate) fn memory(&self) -> Result<MemoryInfo, Error> {
+        match self {
+            Planned::Open(backend) => backend.memory(),
+            Planned::Assumed(outline, _) => Ok(outline.info.memory.clone()),
+        }
+    }
+
+    pub(crate) fn plan(
+        &self,
+        model: &ResolvedModel,
+        decode: Option<(&DecodeProgram, Capacity)>,
+    ) -> Result<LoadPlan, PlanError> {
+        match self {
+            Planned::Open(backend) => plan_for(backend.as_ref(), model, decode),
+            Planned::Assumed(outline, _) => plan_outlined(outline, model, decode),
+        }
+    }
+
+    /// Why there is no device, if one is assumed.
+    pub(crate) fn assumed(&self) -> Option<&Error> {
+        match self {
+            Planned::Open(_) => None,
+            Planned::Assumed(_, missing) => Some(missing),
+        }
     }
 }
 

@@ -1,7 +1,12 @@
-use hoist_backend::{DeviceInfo, OpenOptions, Provider, Result, WeightBackend};
+use hoist_backend::{
+    BackendInfo, DeviceInfo, DeviceMemory, EncodingSet, Error, FloatLayout, Limits, MemoryByClass,
+    MemoryInfo, NumericsClass, OpSet, OpenOptions, Outline, Provider, Result, UnsupportedWhat, WeightBackend,
+};
 
 use crate::backend::CudaBackend;
+use crate::decode::{self, Engine};
 use crate::driver::{self, Device};
+use crate::residency::SIZING;
 
 /// Finds CUDA devices.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,12 +42,52 @@ impl Provider for CudaProvider {
     fn open(&self, ordinal: u32, options: &OpenOptions) -> Result<Box<dyn WeightBackend>> {
         Ok(Box::new(CudaBackend::open(ordinal, options)?))
     }
+
+    /// All devices hold weights and run steps alike; only their memory differs.
+    fn outline(&self, options: &OpenOptions) -> Result<Option<Outline>> {
+        if options.import {
+            return Err(Error::Unsupported {
+                backend: crate::NAME.into(),
+                what: UnsupportedWhat::Other("mapping weights from files instead of copying them".into()),
+            });
+        }
+        let memory = options.memory_budget.unwrap_or(0);
+        Ok(Some(Outline {
+            info: BackendInfo {
+                name: crate::NAME.into(),
+                device: crate::NAME.into(),
+                device_name: "a device that is not here".into(),
+                numerics: NumericsClass::Exact,
+                stored: EncodingSet::weights(),
+                computed: EncodingSet::weights()
+                    .iter()
+                    .filter(|e| decode::computes(*e))
+                    .collect(),
+                ops: OpSet::all(),
+                float_layout: options.float_layout.unwrap_or(FloatLayout::OutIn),
+                limits: Limits {
+                    max_batch_tokens: Some(decode::MAX_BATCH_TOKENS),
+                    ..Limits::default()
+                },
+                sizing: SIZING,
+                memory: MemoryInfo {
+                    devices: vec![DeviceMemory {
+                        device: crate::NAME.into(),
+                        total: memory,
+                        free: memory,
+                        budget: options.memory_budget,
+                        resident: MemoryByClass::default(),
+                        mapped: 0,
+                    }],
+                },
+            },
+            workspace_bytes: Engine::workspace_bytes,
+        }))
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use hoist_backend::Error;
-
     use super::*;
 
     #[test]

@@ -81,7 +81,7 @@ impl BenchDecode {
         }
         let weight_bytes = weight_bytes(&program, &loaded);
         let kv_bytes = kv_bytes(&program, capacity.kv.bytes(), self.prompt + self.n / 2);
-        let backend = report::plan::backend_json(loaded.backend.as_ref());
+        let backend = report::plan::backend_json(loaded.backend.info());
         let model = report::model::json(&loaded.manifest, &loaded.model);
         let threads = match self.device.threads {
             Some(threads) => threads as usize,

@@ -152,7 +152,7 @@ impl BenchLoad {
         };
         let report = load(backend.as_mut(), &opened.model.index, &plan, &source, &options)?;
         let load = opened.open + started.elapsed();
-        let json = report::plan::backend_json(backend.as_ref());
+        let json = report::plan::backend_json(backend.info());
         backend.unload()?;
         Ok(Run {
             upload: report.timing.upload,

@@ -203,7 +203,7 @@ impl CudaBench<'_> {
             backend.digest(hoist_core::backend::WeightId(u32::try_from(weight)?))?;
         }
         let digest = started.elapsed();
-        let json = report::plan::backend_json(backend.as_ref());
+        let json = report::plan::backend_json(backend.info());
         backend.unload()?;
         let again = if self.cold {
             None

@@ -134,7 +134,7 @@ impl Generate {
         let load_time = started.elapsed();
 
         let vocab = loaded.program.as_ref().map_or(0, |(program, _)| program.vocab) as usize;
-        let backend = report::plan::backend_json(loaded.backend.as_ref());
+        let backend = report::plan::backend_json(loaded.backend.info());
         let model = report::model::json(&loaded.manifest, &loaded.model);
         let decoder = loaded.prepare()?;
         let sequence = SequenceId(0);

@@ -91,7 +91,7 @@ impl Logits {
         decoding::widen(&mut decode, &opened, tokens.len());
         let mut loaded = decoding::load(opened, &self.device, decode)?;
         let vocab = loaded.program.as_ref().map_or(0, |(program, _)| program.vocab);
-        let backend = report::plan::backend_json(loaded.backend.as_ref());
+        let backend = report::plan::backend_json(loaded.backend.info());
         let model = report::model::json(&loaded.manifest, &loaded.model);
         let decoder = loaded.prepare()?;
         let mut dump = match &self.dump {

@@ -88,7 +88,7 @@ impl Perplexity {
         let mut loaded = decoding::load(opened, &self.device, decode)?;
         let vocab = loaded.program.as_ref().map_or(0, |(program, _)| program.vocab) as usize;
         let model = report::model::json(&loaded.manifest, &loaded.model);
-        let backend = report::plan::backend_json(loaded.backend.as_ref());
+        let backend = report::plan::backend_json(loaded.backend.info());
         let decoder = loaded.prepare()?;
         let chunk = self.chunk as usize;
         let wants = vec![Want::Logits; chunk];

@@ -1,6 +1,6 @@
 use anyhow::Result;
 use clap::Args;
-use hoist_core::orchestrator::{WeightCounts, fits, importable_bytes, plan_for};
+use hoist_core::orchestrator::{WeightCounts, fits, importable_bytes};
 use serde_json::json;
 
 use crate::args::{CapacityArgs, DeviceArgs, ModelArg};
@@ -9,6 +9,8 @@ use crate::report::{self, print_json, print_text};
 use crate::{backends, models};
 
 /// Show what a load would make resident, and whether it fits; reads no weight.
+///
+/// With --memory, a device that is not here is planned for where its backend knows enough without it, as cuda does.
 #[derive(Args, Debug)]
 pub(crate) struct Plan {
     #[command(flatten)]
@@ -31,22 +33,26 @@ pub(crate) struct Plan {
 
 impl Plan {
     pub(crate) fn run(&self, json: bool) -> Result<Code> {
-        let backend = backends::select(&self.device)?;
         let opened = models::open(&self.model)?;
-        let backend = backend.open(&self.device.open_options())?;
+        let planned = backends::planned_for(&self.device)?;
+        let info = planned.info();
         let capacity = (!self.no_workspace).then(|| opened.capacity(&self.capacity.decode_options()));
         let program = capacity.map(|capacity| opened.program(capacity)).transpose()?;
-        let plan = plan_for(backend.as_ref(), &opened.model, program.as_ref().zip(capacity))?;
+        let plan = planned.plan(&opened.model, program.as_ref().zip(capacity))?;
         let import = self.device.import;
         let mapped = if import { importable_bytes(&plan) } else { 0 };
-        let fit = fits(&plan, mapped, &backend.memory()?);
+        let fit = fits(&plan, mapped, &planned.memory()?);
         let counts = WeightCounts::of(&plan);
 
         if json {
             let mut value = json!({
                 "schema": "hoist.plan/1",
                 "model": report::model::json(&opened.manifest, &opened.model),
-                "backend": report::plan::backend_json(backend.as_ref()),
+                "backend": report::plan::backend_json(info),
+                "assumed": planned.assumed().map(|missing| json!({
+                    "memory": self.device.memory,
+                    "because": missing.to_string(),
+                })),
                 "weights": {
                     "quantized": counts.quantized,
                     "float": counts.float,
@@ -88,7 +94,13 @@ impl Plan {
                     report::units::bytes(mapped)
                 ));
             }
-            text.push_str(&report::plan::fit_line(fit, &backend.info().device));
+            text.push_str(&report::plan::fit_line(fit, &info.device));
+            if let Some(missing) = planned.assumed() {
+                text.push_str(&format!(
+                    "assumed: a device with {} free, since {missing}\n",
+                    report::units::bytes(fit.available)
+                ));
+            }
             print_text(&text)?;
         }
         Ok(if fit.is_ok() { Code::Ok } else { Code::No })

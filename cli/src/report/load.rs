@@ -19,7 +19,7 @@ pub(crate) fn json(loaded: &LoadedModel, total: Duration, traces: &[WeightTrace]
     let mut value = json!({
         "schema": "hoist.load/1",
         "model": model::json(&loaded.manifest, &loaded.model),
-        "backend": plan::backend_json(loaded.backend.as_ref()),
+        "backend": plan::backend_json(loaded.backend.info()),
         "weights": weights_json(report),
         "index": {
             "layers": report.device_index.layers,

@@ -1,7 +1,7 @@
 //! What a plan says, in JSON and for people.
 
 use hoist_core::backend::{
-    FloatLayout, LoadPlan, MemoryByClass, NUMERICS_CONTRACT, ValueChange, WeightBackend, WeightPlan,
+    BackendInfo, FloatLayout, LoadPlan, MemoryByClass, NUMERICS_CONTRACT, ValueChange, WeightPlan,
 };
 use hoist_core::orchestrator::{Fit, WeightCounts, is_importable};
 use serde_json::{Value, json};
@@ -10,8 +10,7 @@ use super::table::{self, Align};
 use super::units;
 
 /// `backend` of every JSON report.
-pub(crate) fn backend_json(backend: &dyn WeightBackend) -> Value {
-    let info = backend.info();
+pub(crate) fn backend_json(info: &BackendInfo) -> Value {
     json!({
         "name": info.name,
         "device": info.device,

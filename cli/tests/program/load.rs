@@ -82,6 +82,52 @@ fn a_plan_says_exactly_what_a_load_then_takes() {
 }
 
 #[test]
+fn a_device_that_is_not_here_is_planned_for_where_its_backend_knows_enough() {
+    let (_folder, path) = on_disk(&tiny(Encoding::Q4_K));
+    // No machine has so many.
+    let plan = json(
+        "hoist.plan/1",
+        &["plan", "--backend", "cuda:99", "--memory", "80GB"],
+        &path,
+    );
+    assert_eq!(plan["assumed"]["memory"], 80_000_000_000u64);
+    assert!(
+        plan["assumed"]["because"]
+            .as_str()
+            .unwrap()
+            .contains("unavailable")
+    );
+    assert_eq!(plan["memory"]["available"], 80_000_000_000u64);
+    assert_eq!(plan["memory"]["needed"], plan["resident"]["total"]);
+    let path = path.to_str().unwrap();
+    let told = run(&["plan", "--backend", "cuda:99", "--memory", "80GB", path]);
+    assert!(
+        told.stdout.contains("\nassumed: a device with 74.5 GiB free"),
+        "{}",
+        told.stdout
+    );
+    let narrow = run(&["plan", "--backend", "cuda:99", "--memory", "1KB", path]);
+    assert_eq!(narrow.code, Some(1), "{}", narrow.stderr);
+    assert!(narrow.stdout.contains("does not fit"), "{}", narrow.stdout);
+    // Nobody says how much memory it has; what it can hold depends on it; a load needs the device itself.
+    for (arguments, hint) in [
+        (&["plan", "--backend", "cuda:99"][..], "--memory"),
+        (
+            &["plan", "--backend", "wgpu:99", "--memory", "80GB"],
+            "depends on its device",
+        ),
+        (&["load", "--backend", "cuda:99", "--memory", "80GB"], ""),
+    ] {
+        let ran = run(&[arguments, &[path]].concat());
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(4), ""), "{arguments:?}");
+        let hints = ran.stderr.split_once("\nhint: ").map_or("", |(_, hints)| hints);
+        assert!(hints.contains(hint), "{arguments:?}: {}", ran.stderr);
+    }
+    let here = json("hoist.plan/1", &["plan"], Path::new(path));
+    assert!(here["assumed"].is_null());
+}
+
+#[test]
 fn imported_weights_are_mapped_and_told_from_owned_ones() {
     let (_folder, path) = on_disk(&tiny(Encoding::Q8_0));
     let plan = json("hoist.plan/1", &["plan", "--import"], &path);

@@ -1,4 +1,4 @@
-use crate::{Encoding, MemoryInfo, OpName};
+use crate::{Encoding, MemoryInfo, OpName, Result, WorkspaceBytes, WorkspaceDims};
 
 /// A device that a [`crate::Provider`] found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -185,4 +185,14 @@ pub struct BackendInfo {
     pub sizing: Sizing,
     /// Memory when it was opened.
     pub memory: MemoryInfo,
+}
+
+/// A backend as a plan sees it, without a device.
+#[derive(Clone, Debug)]
+pub struct Outline {
+    /// What an open backend would say of itself. Its device is one that nobody has seen, with as much memory as
+    /// [`OpenOptions::memory_budget`] allows, or none.
+    pub info: BackendInfo,
+    /// What [`crate::WeightBackend::workspace_bytes`] would say.
+    pub workspace_bytes: fn(&WorkspaceDims) -> Result<WorkspaceBytes>,
 }

@@ -75,7 +75,8 @@ mod workspace;
 
 pub use batch::{Outputs, Run, SequenceId, TokenBatch, TokenRow, Want, admit};
 pub use device::{
-    BackendInfo, DeviceInfo, EncodingSet, FloatLayout, Limits, NumericsClass, OpSet, OpenOptions, Sizing,
+    BackendInfo, DeviceInfo, EncodingSet, FloatLayout, Limits, NumericsClass, OpSet, OpenOptions, Outline,
+    Sizing,
 };
 pub use encoding::{Encoding, EncodingKind};
 pub use error::{Error, Result, UnsupportedWhat};

@@ -1,7 +1,7 @@
 use crate::{
     BackendInfo, DecodeProgram, DeviceInfo, Error, IndexLayout, IndexReceipt, LoadPlan, LoadReceipt,
-    LoadWatch, MemoryInfo, OpenOptions, Outputs, PhaseTime, Result, SequenceId, TokenBatch, UnsupportedWhat,
-    WeightId, WeightSource, WorkspaceBytes, WorkspaceDims, push_all,
+    LoadWatch, MemoryInfo, OpenOptions, Outline, Outputs, PhaseTime, Result, SequenceId, TokenBatch,
+    UnsupportedWhat, WeightId, WeightSource, WorkspaceBytes, WorkspaceDims, push_all,
 };
 
 /// A kind of backend: finds devices and opens one.
@@ -20,6 +20,15 @@ pub trait Provider: Send + Sync {
     /// # Errors
     /// [`Error::Unavailable`]; [`Error::Unsupported`] for an option it cannot honour: no option is ignored.
     fn open(&self, ordinal: u32, options: &OpenOptions) -> Result<Box<dyn WeightBackend>>;
+
+    /// What a plan must know of a backend opened so, said without a device; `None` if that depends on the device.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for an option it cannot honour.
+    fn outline(&self, options: &OpenOptions) -> Result<Option<Outline>> {
+        let _ = options;
+        Ok(None)
+    }
 }
 
 /// Canonical bytes on their way to a device.

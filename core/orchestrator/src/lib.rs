@@ -20,7 +20,7 @@ mod fake;
 
 pub use error::{Error, Result};
 pub use load::{LoadOptions, LoadReport, LoadTiming, WeightCounts, load};
-pub use plan::{Fit, PlanError, fits, importable_bytes, is_importable, plan, plan_for};
+pub use plan::{Fit, PlanError, fits, importable_bytes, is_importable, plan, plan_for, plan_outlined};
 pub use session::{DecodeOptions, LoadedModel, OpenedModel, SessionOptions, SessionTiming, open};
 pub use source::FileSource;
 pub use trace::{Statistics, WeightTrace, trace_weight};

@@ -1,6 +1,6 @@
 use hoist_backend::{
     BackendInfo, Capacity, DecodeProgram, Encoding, FloatLayout, IndexLayout, LoadPlan, MemoryByClass,
-    MemoryInfo, Role, Shape, Sizing, SourceView, ValueChange, WeightBackend, WeightClass, WeightId,
+    MemoryInfo, Outline, Role, Shape, Sizing, SourceView, ValueChange, WeightBackend, WeightClass, WeightId,
     WeightIndex, WeightPlan, WorkspaceBytes, WorkspaceDims,
 };
 use hoist_model::{ResolvedModel, ResolvedWeight};
@@ -85,13 +85,36 @@ pub fn plan_for(
     model: &ResolvedModel,
     decode: Option<(&DecodeProgram, Capacity)>,
 ) -> Result<LoadPlan> {
+    with_workspace(backend.info(), model, decode, |dims| {
+        backend.workspace_bytes(dims)
+    })
+}
+
+/// [`plan_for`], for a device that is not there.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_outlined(
+    outline: &Outline,
+    model: &ResolvedModel,
+    decode: Option<(&DecodeProgram, Capacity)>,
+) -> Result<LoadPlan> {
+    with_workspace(&outline.info, model, decode, outline.workspace_bytes)
+}
+
+fn with_workspace(
+    info: &BackendInfo,
+    model: &ResolvedModel,
+    decode: Option<(&DecodeProgram, Capacity)>,
+    bytes: impl FnOnce(&WorkspaceDims) -> hoist_backend::Result<WorkspaceBytes>,
+) -> Result<LoadPlan> {
     let workspace = decode
         .map(|(program, capacity)| {
-            let dims = workspace_dims(backend.info(), program, capacity)?;
-            Ok::<_, PlanError>(backend.workspace_bytes(&dims)?)
+            let dims = workspace_dims(info, program, capacity)?;
+            Ok::<_, PlanError>(bytes(&dims)?)
         })
         .transpose()?;
-    build(Parts::of(model), backend.info(), workspace.unwrap_or_default())
+    build(Parts::of(model), info, workspace.unwrap_or_default())
 }
 
 /// What a plan needs of a model.
@@ -531,6 +554,15 @@ mod tests {
             })
         ));
         info.limits.max_weight_bytes = Some(64);
+        plan(vec![w.clone()], &info).unwrap();
+        info.limits.max_row_bytes = Some(15);
+        let refused = plan(vec![w.clone()], &info).unwrap_err().to_string();
+        assert!(refused.contains("a row of weight"), "{refused}");
+        assert!(
+            refused.contains(" is 16") && refused.contains(" is 15"),
+            "{refused}"
+        );
+        info.limits.max_row_bytes = Some(16);
         plan(vec![w], &info).unwrap();
     }
 
@@ -554,15 +586,6 @@ mod tests {
             devices: vec![DeviceMemory {
                 device: "fake".into(),
                 total: 1 << 30,
-        plan(vec![w.clone()], &info).unwrap();
-        info.limits.max_row_bytes = Some(15);
-        let refused = plan(vec![w.clone()], &info).unwrap_err().to_string();
-        assert!(refused.contains("a row of weight"), "{refused}");
-        assert!(
-            refused.contains(" is 16") && refused.contains(" is 15"),
-            "{refused}"
-        );
-        info.limits.max_row_bytes = Some(16);
                 free,
                 budget,
                 resident: MemoryByClass::default(),
