@@ -1,10 +1,11 @@
 //! `hoist conform` as a user meets it: what conforms, what does not and how that is told, what is refused.
 #![expect(clippy::expect_used, reason = "a test that cannot go on has failed")]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
+use hoist_tests::libraries::cargo_built;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -73,16 +74,6 @@ fn compile(source: &str, library: &Path) -> bool {
     }
 }
 
-/// The library of a plugin that is a development dependency: cargo lays it beside this program.
-fn cargo_built(package: &str) -> PathBuf {
-    let file = format!("lib{}.so", package.replace('-', "_"));
-    let path = std::env::current_exe()
-        .expect("this program")
-        .with_file_name(file);
-    assert!(path.is_file(), "no `{}`", path.display());
-    path
-}
-
 /// What takes gigabytes of memory is left to whoever asks for it.
 const WITHOUT_GIGABYTES: [&str; 2] = ["--filter", "!residency::offsets"];
 
@@ -97,7 +88,10 @@ fn the_cpu_conforms() {
 
 #[test]
 fn the_minimal_backends_conform_to_residency() {
-    let rust = cargo_built("hoist-plugin-rust-minimal").display().to_string();
+    let rust = cargo_built("hoist-plugin-rust-minimal")
+        .expect("the library of a plugin")
+        .display()
+        .to_string();
     for library in c_minimal().into_iter().chain([rust.as_str()]) {
         let arguments = [&[library, "--profile", "residency"][..], &WITHOUT_GIGABYTES].concat();
         let (code, stdout, stderr) = conform(&arguments);

@@ -15,13 +15,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use hoist_backend::*;
-use hoist_conformance::profile::Profile;
-use hoist_conformance::runner::{self, Options};
-use hoist_conformance::{PluginFacts, Target};
 use hoist_core::orchestrator::{self, DecodeOptions, LoadedModel, OpenedModel, SessionOptions};
 use hoist_cpu::CpuProvider;
 use hoist_cuda::{CudaBackend, CudaProvider};
 use hoist_cuda_emulator::{Emulator, Report};
+use hoist_tests::suite;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 type Outcome = std::result::Result<(), Failed>;
@@ -42,6 +40,10 @@ const TESTS: &[Test] = &[
     ),
     ("long_sequences_decode_to_the_references_bits", long_sequences),
     ("a_driver_that_will_not_do_is_unavailable", unavailable),
+    (
+        "an_outline_is_what_an_open_device_says",
+        an_outline_is_a_devices_word,
+    ),
     // Some hundred sessions: too long for a sample.
     (
         "a_call_that_fails_is_a_typed_error_and_leaves_nothing",
@@ -1204,53 +1206,42 @@ fn refused_tokens() -> Outcome {
 
 // ---- the conformance suite ----
 
-struct Emulated;
-
-impl Target for Emulated {
-    fn name(&self) -> &str {
-        "cuda:0"
-    }
-
-    fn devices(&self) -> Result<Vec<DeviceInfo>> {
-        CudaProvider.devices()
-    }
-
-    fn open(&self, options: &OpenOptions) -> Result<Box<dyn WeightBackend>> {
-        CudaProvider.open(0, options)
-    }
-
-    fn open_ordinal(&self, ordinal: u32, options: &OpenOptions) -> Result<Box<dyn WeightBackend>> {
-        CudaProvider.open(ordinal, options)
-    }
-
-    fn plugin(&self) -> Option<&PluginFacts> {
-        None
-    }
-}
-
 /// Asks every case that matches one of `filters`.
 fn conforms(filters: &[&str]) -> Outcome {
     configure("delays=0");
-    let profile = Profile::built_in("full")
-        .map_err(|e| e.to_string())?
-        .ok_or("no profile `full`")?;
-    let options = Options {
-        profile,
-        filters: filters.iter().map(ToString::to_string).collect(),
-        expectations: Vec::new(),
-        seed: 1,
-        jobs: 1,
-        limit: None,
-    };
-    let report = runner::run_in_process(&Emulated, &options, 1, &|_| {}).map_err(|e| e.to_string())?;
+    suite::conforms(&CudaProvider, filters)?;
     let contexts = emulator().report().count("calls.cuDevicePrimaryCtxRetain");
-    println!("{:?} in {} ms, {contexts} contexts", report.counts, report.millis);
-    let failures: Vec<String> = report
-        .failures()
-        .map(|c| format!("{}: {}", c.id, c.outcome.detail()))
-        .collect();
-    if failures.is_empty() && report.cases.iter().any(|c| c.outcome.was_executed()) {
-        return Ok(());
-    }
-    Err(format!("{:?}\n{}", report.counts, failures.join("\n")).into())
+    println!("{contexts} contexts");
+    Ok(())
+}
+
+/// What is planned for a device that is not here is what one of that size says.
+fn an_outline_is_a_devices_word() -> Outcome {
+    configure("delays=0");
+    let options = OpenOptions {
+        memory_budget: Some(1 << 29),
+        ..options()
+    };
+    let outline = CudaProvider.outline(&options)?.ok_or("no outline")?;
+    let backend = CudaProvider.open(0, &options)?;
+    let as_outlined = BackendInfo {
+        device: outline.info.device.clone(),
+        device_name: outline.info.device_name.clone(),
+        memory: outline.info.memory.clone(),
+        ..backend.info().clone()
+    };
+    assert_eq!(outline.info, as_outlined);
+    let folder = tempfile::tempdir()?;
+    let model = OpenedModel::open(&synthetic("tiny-llama", "q4_k_m", folder.path()))?;
+    let capacity = model.capacity(&DecodeOptions::default());
+    let program = model.program(capacity)?;
+    let dims = WorkspaceDims::new(&program, capacity)?;
+    assert_eq!((outline.workspace_bytes)(&dims)?, backend.workspace_bytes(&dims)?);
+    let import = OpenOptions {
+        import: true,
+        ..options
+    };
+    let refused = CudaProvider.outline(&import);
+    assert!(matches!(refused, Err(Error::Unsupported { .. })), "{refused:?}");
+    Ok(())
 }

@@ -7,61 +7,14 @@
 
 use hoist_backend::*;
 use hoist_conformance::operands::{self, Magnitudes, Random, Scales};
-use hoist_conformance::profile::Profile;
-use hoist_conformance::runner::{self, Options};
-use hoist_conformance::{PluginFacts, Target};
 use hoist_cpu::CpuProvider;
+use hoist_tests::suite;
 use hoist_wgpu::{AsIf, WgpuBackend, WgpuProvider};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// The device under test.
-struct FirstAdapter;
-
-impl Target for FirstAdapter {
-    fn name(&self) -> &str {
-        "wgpu:0"
-    }
-
-    fn devices(&self) -> Result<Vec<DeviceInfo>> {
-        WgpuProvider.devices()
-    }
-
-    fn open(&self, options: &OpenOptions) -> Result<Box<dyn WeightBackend>> {
-        WgpuProvider.open(0, options)
-    }
-
-    fn open_ordinal(&self, ordinal: u32, options: &OpenOptions) -> Result<Box<dyn WeightBackend>> {
-        WgpuProvider.open(ordinal, options)
-    }
-
-    fn plugin(&self) -> Option<&PluginFacts> {
-        None
-    }
-}
-
-/// Asks every case that matches one of `filters`.
+/// Asks the first adapter every case that matches one of `filters`.
 fn conforms(filters: &[&str]) -> Result<(), Failed> {
-    let profile = Profile::built_in("full")
-        .map_err(|e| e.to_string())?
-        .ok_or("no profile `full`")?;
-    let options = Options {
-        profile,
-        filters: filters.iter().map(ToString::to_string).collect(),
-        expectations: Vec::new(),
-        seed: 1,
-        jobs: 1,
-        limit: None,
-    };
-    let report = runner::run_in_process(&FirstAdapter, &options, 1, &|_| {}).map_err(|e| e.to_string())?;
-    println!("{:?} in {} ms", report.counts, report.millis);
-    let failures: Vec<String> = report
-        .failures()
-        .map(|c| format!("{}: {}", c.id, c.outcome.detail()))
-        .collect();
-    if failures.is_empty() && report.cases.iter().any(|c| c.outcome.was_executed()) {
-        return Ok(());
-    }
-    Err(format!("{:?}\n{}", report.counts, failures.join("\n")).into())
+    Ok(suite::conforms(&WgpuProvider, filters)?)
 }
 
 /// The first adapter, as if it had no larger bindings.

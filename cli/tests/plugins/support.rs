@@ -6,6 +6,11 @@ use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
+/// The library of a plugin that is a development dependency.
+pub(crate) fn cargo_built(package: &str) -> PathBuf {
+    hoist_tests::libraries::cargo_built(package).expect("the library of a plugin")
+}
+
 /// The repository.
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -89,16 +94,6 @@ pub(crate) fn built() -> Option<&'static Built> {
             built
         })
     })
-}
-
-/// The library of a plugin that is a development dependency: cargo has built it, and lays it beside this program.
-pub(crate) fn cargo_built(package: &str) -> PathBuf {
-    let file = format!("lib{}.so", package.replace('-', "_"));
-    let path = std::env::current_exe()
-        .expect("this program")
-        .with_file_name(file);
-    assert!(path.is_file(), "no `{}`", path.display());
-    path
 }
 
 /// Runs the program with a fault of the faulty plugins, `panic=ENTRY` for the panicking one, or none.
