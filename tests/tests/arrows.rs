@@ -39,6 +39,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["hoist-backend", "hoist-quant", "hoist-cuda-emulator"],
     ),
     ("hoist-cuda-emulator", &[]),
+    ("hoist-wgpu-faults", &[]),
     ("hoist-synth", &["hoist-backend", "hoist-formats"]),
     ("hoist-plugin-abi", &[]),
     ("hoist-plugin-host", &["hoist-backend", "hoist-plugin-abi"]),

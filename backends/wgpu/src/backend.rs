@@ -211,7 +211,7 @@ impl WgpuBackend {
         // What was written and not submitted is held until it is. Buffers are given back when the device has been looked
         // at; that it is lost is said by the next call.
         self.gpu.queue.submit([]);
-        let _ = self.gpu.device.poll(wgpu::PollType::wait_indefinitely());
+        let _ = self.gpu.poll(wgpu::PollType::wait_indefinitely());
     }
 }
 

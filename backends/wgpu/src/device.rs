@@ -8,6 +8,7 @@ use wgpu::{
 };
 
 use crate::grids;
+use crate::panics;
 use crate::pipelines::Pipelines;
 
 /// Storage buffers that one kernel binds.
@@ -258,6 +259,7 @@ impl Gpu {
 
     /// A device of its own.
     pub(crate) fn open(ordinal: u32) -> Result<Self> {
+        panics::hush();
         let adapters = adapters()?;
         let count = adapters.len();
         let adapter = adapters
@@ -353,9 +355,28 @@ impl Gpu {
 
     /// As [`Gpu::check`], after a look at the device: that it is lost is told to nobody before.
     pub(crate) fn look(&self, what: &str, needed: u64) -> Result<()> {
-        let polled = self.device.poll(wgpu::PollType::Poll);
+        let polled = self.poll(wgpu::PollType::Poll);
         self.check(what, needed)?;
-        polled.map(|_| ()).map_err(|e| self.lost(&e.to_string()))
+        polled
+    }
+
+    /// Runs callbacks of what is done, or of everything, when it is done. What went wrong meanwhile is said by
+    /// [`Gpu::check`].
+    pub(crate) fn poll(&self, until: wgpu::PollType) -> Result<()> {
+        if self.is_lost() {
+            return Ok(());
+        }
+        // wgpu panics where the driver says that the device is lost; it holds nothing then, and has called back.
+        match panics::caught(|| self.device.poll(until)) {
+            Ok(polled) => polled.map(|_| ()).map_err(|e| self.lost(&e.to_string())),
+            Err(panic) => {
+                let mut failure = lock(&self.failures);
+                if !matches!(*failure, Some(Failure::Lost(_))) {
+                    *failure = Some(Failure::Lost(panic));
+                }
+                Ok(())
+            }
+        }
     }
 
     pub(crate) fn lost(&self, reason: &str) -> Error {
@@ -413,9 +434,9 @@ impl Gpu {
 
     /// Waits until everything that was submitted is done.
     pub(crate) fn wait(&self, what: &str) -> Result<()> {
-        let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
+        let polled = self.poll(wgpu::PollType::wait_indefinitely());
         self.check(what, 0)?;
-        polled.map(|_| ()).map_err(|e| self.lost(&e.to_string()))
+        polled
     }
 }
 

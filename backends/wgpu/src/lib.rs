@@ -14,6 +14,7 @@ mod device;
 mod fusion;
 mod grids;
 mod load;
+mod panics;
 mod pipelines;
 mod program;
 mod provider;

@@ -76,9 +76,7 @@ impl Belt {
                 return Ok(buffer);
             }
             // Buffers come back in callbacks, which a poll runs.
-            let polled = gpu.device.poll(wgpu::PollType::Poll);
-            gpu.check("uploads", PIECE)?;
-            polled.map_err(|e| gpu.lost(&e.to_string()))?;
+            gpu.look("uploads", PIECE)?;
             if stop.load(Ordering::Relaxed) {
                 return Err(Error::Cancelled);
             }
