@@ -15,8 +15,12 @@ const WEIGHT_VECTORS: &str = include_str!("../shaders/weight_vectors.wgsl");
 const SLICES: &str = include_str!("../shaders/slices.wgsl");
 const SLICE_SCALES: &str = include_str!("../shaders/slice_scales.wgsl");
 const SUPER_BLOCK: &str = include_str!("../shaders/super_block.wgsl");
+const SUPER_BLOCK_SCALE: &str = include_str!("../shaders/super_block_scale.wgsl");
+const SUPER_BLOCK_NO_MINS: &str = include_str!("../shaders/super_block_no_mins.wgsl");
 const SUPER_BLOCK_PRODUCT: &str = include_str!("../shaders/super_block_product.wgsl");
 const SCALED_BLOCK: &str = include_str!("../shaders/scaled_block.wgsl");
+const SCALED_BLOCK_SCALE: &str = include_str!("../shaders/scaled_block_scale.wgsl");
+const SCALED_BLOCK_NO_MINS: &str = include_str!("../shaders/scaled_block_no_mins.wgsl");
 const SCALED_BLOCK_PRODUCT: &str = include_str!("../shaders/scaled_block_product.wgsl");
 const MATMUL_PARAMETERS: &str = include_str!("../shaders/matmul_parameters.wgsl");
 const MATMUL_QUANTISED: &str = include_str!("../shaders/matmul_quantised.wgsl");
@@ -265,6 +269,11 @@ enum Blocks {
     Scaled { weights: u32, scales: u32, mins: bool },
 }
 
+/// Whether an encoding's own source has a function, so that it needs none that others share.
+fn has(codes: &str, function: &str) -> bool {
+    codes.contains(&format!("fn {function}("))
+}
+
 fn describe(encoding: Encoding) -> Option<(Blocks, &'static str)> {
     let plain = |shift, halves, mins| Blocks::Super {
         shift,
@@ -284,15 +293,15 @@ fn describe(encoding: Encoding) -> Option<(Blocks, &'static str)> {
         mins,
     };
     macro_rules! file {
-        ($name:literal) => {
-            include_str!(concat!("../shaders/encodings/", $name, ".wgsl"))
+        ($($name:literal),+) => {
+            concat!($(include_str!(concat!("../shaders/encodings/", $name, ".wgsl"))),+)
         };
     }
     Some(match encoding {
         Encoding::Q2_K => (plain(0, true, true), file!("q2_k")),
         Encoding::Q3_K => (plain(0, true, false), file!("q3_k")),
-        Encoding::Q4_K => (plain(0, false, true), file!("q4_k")),
-        Encoding::Q5_K => (plain(0, false, true), file!("q5_k")),
+        Encoding::Q4_K => (plain(0, false, true), file!("six_bits", "q4_k")),
+        Encoding::Q5_K => (plain(0, false, true), file!("six_bits", "q5_k")),
         Encoding::Q6_K => (plain(0, true, false), file!("q6_k")),
         Encoding::IQ4_XS => (plain(0, false, false), file!("iq4_xs")),
         Encoding::TQ1_0 => (plain(-8, false, false), file!("tq1_0")),
@@ -331,7 +340,7 @@ fn decoder(encoding: Encoding) -> Option<String> {
     } else {
         "unaligned_at"
     };
-    let (halves, mins, segment_bytes, rest, shape) = match blocks {
+    let (halves, mins, segment_bytes, rest, shape, shared) = match blocks {
         Blocks::Super {
             shift,
             halves,
@@ -350,7 +359,11 @@ fn decoder(encoding: Encoding) -> Option<String> {
                  return Scale(scale.m, scale.e + EXPONENT_SHIFT);\n}}\n"
             );
             let segment = if apr_q8 { 256 } else { block_bytes };
-            (halves, mins, segment, rest, SUPER_BLOCK)
+            let shared = [
+                (has(codes, "d_bits"), SUPER_BLOCK_SCALE),
+                (mins, SUPER_BLOCK_NO_MINS),
+            ];
+            (halves, mins, segment, rest, SUPER_BLOCK, shared)
         }
         Blocks::Scaled {
             weights,
@@ -362,7 +375,11 @@ fn decoder(encoding: Encoding) -> Option<String> {
                  const SCALES: u32 = {scales}u;\n"
             );
             let segment = u64::from(256 / weights) * block_bytes;
-            (weights / scales < 32, mins, segment, rest, SCALED_BLOCK)
+            let shared = [
+                (has(codes, "scale_at"), SCALED_BLOCK_SCALE),
+                (mins, SCALED_BLOCK_NO_MINS),
+            ];
+            (weights / scales < 32, mins, segment, rest, SCALED_BLOCK, shared)
         }
     };
     let constants = format!(
@@ -370,18 +387,10 @@ fn decoder(encoding: Encoding) -> Option<String> {
          const SEGMENT_BYTES: u32 = {segment_bytes}u;\nconst MATRIX_SCALE: bool = {apr_q8};\n\n\
          fn word_at(at: u32) -> u32 {{\n    return {word_at}(at);\n}}\n",
     );
-    Some(
-        [
-            BYTES,
-            RECORD_LAYOUT,
-            MATMUL_PARAMETERS,
-            &constants,
-            codes,
-            &rest,
-            shape,
-        ]
-        .join("\n"),
-    )
+    let mut parts = vec![BYTES, RECORD_LAYOUT, MATMUL_PARAMETERS, &constants, codes];
+    parts.extend(shared.iter().filter(|(own, _)| !own).map(|(_, source)| source));
+    parts.extend([rest.as_str(), shape]);
+    Some(parts.join("\n"))
 }
 
 /// What a product of an encoding with so many vectors at a time needs besides.
@@ -396,16 +405,15 @@ fn product(encoding: Encoding, tokens: u32, threads: u32) -> Option<String> {
         PAIRS * u64::from(tokens),
         places * u64::from(tokens)
     );
-    let own = |function: &str| codes.contains(&format!("fn {function}("));
     let mut parts = vec![constants];
-    if !own("slice_codes") {
+    if !has(codes, "slice_codes") {
         parts.push(SLICES.into());
     }
     parts.push(match blocks {
         Blocks::Super { .. } => SUPER_BLOCK_PRODUCT.into(),
         Blocks::Scaled { .. } => SCALED_BLOCK_PRODUCT.into(),
     });
-    if matches!(blocks, Blocks::Super { .. }) && !own("slice_halves") {
+    if matches!(blocks, Blocks::Super { .. }) && !has(codes, "slice_halves") {
         parts.push(SLICE_SCALES.into());
     }
     Some(parts.join("\n"))

@@ -5,15 +5,3 @@ fn block_codes(b: u32, n: u32) -> u32 {
     let codes = (four & 15u) | ((four & 0xf0u) << 4u) | ((four & 0xf00u) << 8u) | ((four & 0xf000u) << 12u);
     return less(codes, 0x08080808u);
 }
-
-fn scale_at(b: u32, s: u32) -> Scale {
-    return f16_scale(half_at(b));
-}
-
-fn scale_value(b: u32, s: u32) -> u32 {
-    return f16_to_f32(half_at(b));
-}
-
-fn min_bits(b: u32) -> u32 {
-    return 0u;
-}

@@ -11,15 +11,7 @@ fn sub_scale(b: u32, half: u32) -> i32 {
     return i32((half_at(b + 48u + 2u * (half >> 2u)) >> (3u * (half & 3u))) & 7u) * 2 + 1;
 }
 
-fn sub_min(b: u32, half: u32) -> i32 {
-    return 0;
-}
-
 fn d_bits(b: u32) -> u32 {
     return (half_at(b + 48u) >> 12u) | ((half_at(b + 50u) >> 12u) << 4u)
         | ((half_at(b + 52u) >> 12u) << 8u) | ((half_at(b + 54u) >> 12u) << 12u);
-}
-
-fn dmin_bits(b: u32) -> u32 {
-    return 0u;
 }

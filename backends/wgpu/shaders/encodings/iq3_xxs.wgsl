@@ -8,15 +8,3 @@ fn codes_at(b: u32, n: u32) -> u32 {
 fn sub_scale(b: u32, half: u32) -> i32 {
     return i32(word_at(b + 66u + 4u * (half >> 1u)) >> 28u) * 2 + 1;
 }
-
-fn sub_min(b: u32, half: u32) -> i32 {
-    return 0;
-}
-
-fn d_bits(b: u32) -> u32 {
-    return half_at(b);
-}
-
-fn dmin_bits(b: u32) -> u32 {
-    return 0u;
-}

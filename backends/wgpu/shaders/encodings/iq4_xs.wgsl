@@ -11,15 +11,3 @@ fn sub_scale(b: u32, half: u32) -> i32 {
     let high = (half_at(b + 2u) >> (2u * j)) & 3u;
     return i32(low | (high << 4u)) - 32;
 }
-
-fn sub_min(b: u32, half: u32) -> i32 {
-    return 0;
-}
-
-fn d_bits(b: u32) -> u32 {
-    return half_at(b);
-}
-
-fn dmin_bits(b: u32) -> u32 {
-    return 0u;
-}

@@ -12,7 +12,3 @@ fn scale_value(b: u32, s: u32) -> u32 {
     let byte = byte_at(b);
     return select((byte - 1u) << 23u, 0x00200000u << byte, byte < 2u);
 }
-
-fn min_bits(b: u32) -> u32 {
-    return 0u;
-}

@@ -16,7 +16,3 @@ fn scale_value(b: u32, s: u32) -> u32 {
     let scale = scale_at(b, s);
     return f_from_int_exp(u32(scale.m), scale.e);
 }
-
-fn min_bits(b: u32) -> u32 {
-    return 0u;
-}

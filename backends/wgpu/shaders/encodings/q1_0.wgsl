@@ -4,15 +4,3 @@ fn block_codes(b: u32, n: u32) -> u32 {
     let four = (byte_at(b + 2u + (n >> 1u)) >> (4u * (n & 1u))) & 15u;
     return less(spread(four) << 1u, 0x01010101u);
 }
-
-fn scale_at(b: u32, s: u32) -> Scale {
-    return f16_scale(half_at(b));
-}
-
-fn scale_value(b: u32, s: u32) -> u32 {
-    return f16_to_f32(half_at(b));
-}
-
-fn min_bits(b: u32) -> u32 {
-    return 0u;
-}

@@ -5,15 +5,3 @@ fn block_codes(b: u32, n: u32) -> u32 {
     let codes = (four & 3u) | ((four & 12u) << 6u) | ((four & 48u) << 12u) | ((four & 192u) << 18u);
     return less(codes, 0x01010101u);
 }
-
-fn scale_at(b: u32, s: u32) -> Scale {
-    return f16_scale(half_at(b));
-}
-
-fn scale_value(b: u32, s: u32) -> u32 {
-    return f16_to_f32(half_at(b));
-}
-
-fn min_bits(b: u32) -> u32 {
-    return 0u;
-}

@@ -12,14 +12,6 @@ fn sub_scale(b: u32, half: u32) -> i32 {
     return i32(low | (high << 4u)) - 32;
 }
 
-fn sub_min(b: u32, half: u32) -> i32 {
-    return 0;
-}
-
 fn d_bits(b: u32) -> u32 {
     return half_at(b + 108u);
-}
-
-fn dmin_bits(b: u32) -> u32 {
-    return 0u;
 }

@@ -4,18 +4,6 @@ fn block_codes(b: u32, n: u32) -> u32 {
     return less(nibbles(word_at(b + 2u + 4u * (n & 3u)), n >> 2u), 0x08080808u);
 }
 
-fn scale_at(b: u32, s: u32) -> Scale {
-    return f16_scale(half_at(b));
-}
-
-fn scale_value(b: u32, s: u32) -> u32 {
-    return f16_to_f32(half_at(b));
-}
-
-fn min_bits(b: u32) -> u32 {
-    return 0u;
-}
-
 fn slice_codes(b: u32, k: u32) -> Codes {
     let words = four_at(block_of(b, 32u * k) + 2u);
     return Codes(less_of(nibbles_of(words, 0u), 0x08080808u), less_of(nibbles_of(words, 1u), 0x08080808u));

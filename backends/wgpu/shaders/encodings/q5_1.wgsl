@@ -5,14 +5,6 @@ fn block_codes(b: u32, n: u32) -> u32 {
     return nibbles(word_at(b + 8u + 4u * (n & 3u)), n >> 2u) | (fifth << 4u);
 }
 
-fn scale_at(b: u32, s: u32) -> Scale {
-    return f16_scale(half_at(b));
-}
-
-fn scale_value(b: u32, s: u32) -> u32 {
-    return f16_to_f32(half_at(b));
-}
-
 fn min_bits(b: u32) -> u32 {
     return half_at(b + 2u);
 }

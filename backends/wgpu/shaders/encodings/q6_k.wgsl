@@ -13,16 +13,8 @@ fn sub_scale(b: u32, half: u32) -> i32 {
     return i32(byte_at(b + 192u + half) << 24u) >> 24u;
 }
 
-fn sub_min(b: u32, half: u32) -> i32 {
-    return 0;
-}
-
 fn d_bits(b: u32) -> u32 {
     return half_at(b + 208u);
-}
-
-fn dmin_bits(b: u32) -> u32 {
-    return 0u;
 }
 
 // Slice k: sixteen bytes of nibbles, those of a half block and of the one 64 weights on.

@@ -4,18 +4,6 @@ fn block_codes(b: u32, n: u32) -> u32 {
     return word_at(b + 2u + 4u * n);
 }
 
-fn scale_at(b: u32, s: u32) -> Scale {
-    return f16_scale(half_at(b));
-}
-
-fn scale_value(b: u32, s: u32) -> u32 {
-    return f16_to_f32(half_at(b));
-}
-
-fn min_bits(b: u32) -> u32 {
-    return 0u;
-}
-
 fn slice_codes(b: u32, k: u32) -> Codes {
     let at = block_of(b, 32u * k) + 2u;
     return Codes(four_at(at), four_at(at + 16u));

@@ -8,14 +8,6 @@ fn sub_scale(b: u32, half: u32) -> i32 {
     return 256;
 }
 
-fn sub_min(b: u32, half: u32) -> i32 {
-    return 0;
-}
-
 fn d_bits(b: u32) -> u32 {
     return half_at(b + 64u);
-}
-
-fn dmin_bits(b: u32) -> u32 {
-    return 0u;
 }
