@@ -11,7 +11,8 @@ def output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def describe() -> dict:
+def here() -> dict:
+    """The commit and the machine."""
     cpu = {}
     for line in output("lscpu").splitlines():
         key, _, value = line.partition(":")
@@ -31,8 +32,12 @@ def describe() -> dict:
             "hypervisor": cpu.get("Hypervisor vendor"),
             "kernel": platform.release(),
         },
-        "xllamacpp": importlib.metadata.version("xllamacpp"),
     }
+
+
+def describe() -> dict:
+    """The same, and what Hoist is compared with."""
+    return here() | {"xllamacpp": importlib.metadata.version("xllamacpp")}
 
 
 def load_average() -> list[float]:
