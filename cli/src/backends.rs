@@ -93,7 +93,7 @@ pub(crate) enum Planned {
     /// A device.
     Open(Box<dyn WeightBackend>),
     /// One that is not here, for that reason, of which the user has said how much memory it has.
-    Assumed(Outline, Error),
+    Assumed(Box<Outline>, Error),
 }
 
 /// Opens a device to plan for. Where there is none, a backend may know enough without it.
@@ -124,7 +124,7 @@ pub(crate) fn planned_for(device: &DeviceArgs) -> Result<Planned> {
                 reason,
                 hint,
             };
-            return Ok(Planned::Assumed(outline, missing));
+            return Ok(Planned::Assumed(Box::new(outline), missing));
         }
         (Some(_), None) => Some("with --memory, a device that has so much is planned for without it"),
         (None, Some(_)) => {

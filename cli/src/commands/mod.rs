@@ -44,6 +44,8 @@ enum Command {
     /// Show what a model file holds: metadata, tensors and their roles
     Inspect(inspect::Inspect),
     /// Show what a load would make resident, and whether it fits; reads no weight
+    ///
+    /// With --memory, a device that is not here is planned for where its backend knows enough without it, as cuda does.
     Plan(plan::Plan),
     /// Make a model resident, index it, and report what was done
     Load(load::Load),

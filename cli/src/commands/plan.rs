@@ -9,8 +9,6 @@ use crate::report::{self, print_json, print_text};
 use crate::{backends, models};
 
 /// Show what a load would make resident, and whether it fits; reads no weight.
-///
-/// With --memory, a device that is not here is planned for where its backend knows enough without it, as cuda does.
 #[derive(Args, Debug)]
 pub(crate) struct Plan {
     #[command(flatten)]
