@@ -1,31 +1,62 @@
-use crate::{Encoding, Error, LoadPlan, Result, WeightClass, WeightId, WeightPlan};
+use crate::{Encoding, Error, LoadPlan, Result, WeightClass, WeightId};
 
 /// Accounts for every byte of a load: which ranges of which weights have arrived.
 ///
-/// Chunks may come in any order and any size that is a multiple of the weight's block. A ledger keeps one sorted list of
-/// ranges per weight; neighbours merge, so that in-order uploads keep one range.
+/// Chunks may come in any order and any size that is a multiple of the weight's block. A ledger keeps how far each weight
+/// has come without a gap, and one sorted list of ranges behind that; neighbours merge, so that in-order uploads, and
+/// weights that come whole, take no memory beyond the ledger's own.
 #[derive(Clone, Debug)]
 pub struct UploadLedger {
     weights: Vec<Account>,
+    /// The names of all weights, one after the other: a few allocations, however many weights there are.
+    names: String,
 }
 
 #[derive(Clone, Debug)]
 struct Account {
-    name: String,
+    /// Where its name ends among the names; it starts where the one before ends.
+    name_end: usize,
     nbytes: u64,
     granule: u64,
     prefix: u64,
     class: WeightClass,
-    /// Sorted, disjoint, not touching.
-    arrived: Vec<(u64, u64)>,
+    /// Bytes from its start on that have arrived.
+    done: u64,
+    /// What has arrived behind them: sorted, disjoint, not touching.
+    ahead: Vec<(u64, u64)>,
 }
 
 impl UploadLedger {
     /// An empty ledger for a plan.
     pub fn new(plan: &LoadPlan) -> Self {
-        Self {
-            weights: plan.weights.iter().map(Account::new).collect(),
-        }
+        Self::of(
+            plan.weights
+                .iter()
+                .map(|w| (w.name.as_str(), w.class, w.encoding, w.nbytes)),
+        )
+    }
+
+    /// An empty ledger for weights of those names, classes, encodings and canonical bytes, for a backend that has its plan no
+    /// more.
+    pub fn of<'a>(weights: impl IntoIterator<Item = (&'a str, WeightClass, Encoding, u64)>) -> Self {
+        let mut names = String::new();
+        let weights = weights
+            .into_iter()
+            .map(|(name, class, encoding, nbytes)| {
+                names.push_str(name);
+                Account {
+                    name_end: names.len(),
+                    nbytes,
+                    granule: encoding.block_bytes(),
+                    // A prefixed encoding has one-byte blocks, so that its prefix needs no alignment of its own.
+                    prefix: encoding.matrix_prefix_bytes(),
+                    class,
+                    done: 0,
+                    ahead: Vec::new(),
+                }
+            })
+            .collect();
+        Self { weights, names }
     }
 
     /// Records that bytes `offset..offset + len` of a weight arrive through the upload for `classes`.
@@ -40,13 +71,19 @@ impl UploadLedger {
             weights: count,
         })?;
         if !classes.contains(&account.class) {
+            let class = account.class;
             return Err(Error::invalid(
-                format!("class of weight `{}` for this upload", account.name),
+                format!("class of weight `{}` for this upload", self.name(weight.index())),
                 format!("one of {classes:?}"),
-                format!("{:?}", account.class),
+                format!("{class:?}"),
             ));
         }
-        account.record(offset, len)
+        account.record(offset, len).map_err(|reason| Error::InvalidChunk {
+            weight: self.name(weight.index()).into(),
+            start: offset,
+            end: offset.saturating_add(len),
+            reason,
+        })
     }
 
     /// Demands that everything has arrived.
@@ -54,83 +91,77 @@ impl UploadLedger {
     /// # Errors
     /// [`Error::Incomplete`] with the first range of the first weight that is missing.
     pub fn check_complete(&self) -> Result<()> {
-        self.weights.iter().try_for_each(Account::check_complete)
+        let missing = |(place, account): (usize, &Account)| Some((place, account.missing()?));
+        match self.weights.iter().enumerate().find_map(missing) {
+            None => Ok(()),
+            Some((place, (start, end))) => Err(Error::Incomplete {
+                weight: self.name(place).into(),
+                start,
+                end,
+                nbytes: self.weights[place].nbytes,
+            }),
+        }
+    }
+
+    fn name(&self, place: usize) -> &str {
+        let start = place
+            .checked_sub(1)
+            .map_or(0, |before| self.weights[before].name_end);
+        &self.names[start..self.weights[place].name_end]
     }
 }
 
 impl Account {
-    fn new(weight: &WeightPlan) -> Self {
-        Self {
-            name: weight.name.clone(),
-            nbytes: weight.nbytes,
-            granule: weight.granule(),
-            // A prefixed encoding has one-byte blocks, so that its prefix needs no alignment of its own.
-            prefix: weight.encoding.matrix_prefix_bytes(),
-            class: weight.class,
-            arrived: Vec::new(),
-        }
-    }
-
-    fn refuse(&self, start: u64, end: u64, reason: impl Into<String>) -> Error {
-        Error::InvalidChunk {
-            weight: self.name.clone(),
-            start,
-            end,
-            reason: reason.into(),
-        }
-    }
-
-    fn record(&mut self, start: u64, len: u64) -> Result<()> {
-        let end = start
-            .checked_add(len)
-            .ok_or_else(|| self.refuse(start, u64::MAX, "it ends past 2^64"))?;
+    /// Records a range, or says why it is refused.
+    fn record(&mut self, start: u64, len: u64) -> Result<(), String> {
+        let end = start.checked_add(len).ok_or("it ends past 2^64")?;
         if len == 0 {
-            return Err(self.refuse(start, end, "it is empty"));
+            return Err("it is empty".into());
         }
         if end > self.nbytes {
-            return Err(self.refuse(start, end, format!("the weight has {} bytes", self.nbytes)));
+            return Err(format!("the weight has {} bytes", self.nbytes));
         }
         debug_assert!(self.prefix == 0 || self.granule == 1);
         if !start.is_multiple_of(self.granule) || !end.is_multiple_of(self.granule) {
-            return Err(self.refuse(start, end, format!("it splits a block of {} bytes", self.granule)));
+            return Err(format!("it splits a block of {} bytes", self.granule));
         }
-        let next = self.arrived.partition_point(|&(s, _)| s < start);
-        if let Some(&(s, e)) = self.arrived.get(next).filter(|&&(s, _)| s < end) {
-            return Err(self.refuse(start, end, format!("bytes {s}..{e} have arrived already")));
+        let twice = |s, e| Err(format!("bytes {s}..{e} have arrived already"));
+        if start < self.done {
+            return twice(0, self.done);
         }
-        let before = next.checked_sub(1).map(|i| self.arrived[i]);
+        let next = self.ahead.partition_point(|&(s, _)| s < start);
+        if let Some(&(s, e)) = self.ahead.get(next).filter(|&&(s, _)| s < end) {
+            return twice(s, e);
+        }
+        let before = next.checked_sub(1).map(|i| self.ahead[i]);
         if let Some((s, e)) = before.filter(|&(_, e)| e > start) {
-            return Err(self.refuse(start, end, format!("bytes {s}..{e} have arrived already")));
+            return twice(s, e);
         }
-        let joins_before = before.is_some_and(|(_, e)| e == start);
-        let joins_next = self.arrived.get(next).is_some_and(|&(s, _)| s == end);
-        match (joins_before, joins_next) {
+        let joins_next = self.ahead.get(next).is_some_and(|&(s, _)| s == end);
+        if start == self.done {
+            // Nothing lies before it, so that what follows is the first.
+            self.done = if joins_next {
+                self.ahead.remove(next).1
+            } else {
+                end
+            };
+            return Ok(());
+        }
+        match (before.is_some_and(|(_, e)| e == start), joins_next) {
             (true, true) => {
-                self.arrived[next - 1].1 = self.arrived[next].1;
-                self.arrived.remove(next);
+                self.ahead[next - 1].1 = self.ahead[next].1;
+                self.ahead.remove(next);
             }
-            (true, false) => self.arrived[next - 1].1 = end,
-            (false, true) => self.arrived[next].0 = start,
-            (false, false) => self.arrived.insert(next, (start, end)),
+            (true, false) => self.ahead[next - 1].1 = end,
+            (false, true) => self.ahead[next].0 = start,
+            (false, false) => self.ahead.insert(next, (start, end)),
         }
         Ok(())
     }
 
-    fn check_complete(&self) -> Result<()> {
-        let (start, end) = match self.arrived.as_slice() {
-            _ if self.nbytes == 0 => return Ok(()),
-            [] => (0, self.nbytes),
-            [(0, e), ..] if *e == self.nbytes => return Ok(()),
-            [(0, e), (next, _), ..] => (*e, *next),
-            [(0, e)] => (*e, self.nbytes),
-            [(s, _), ..] => (0, *s),
-        };
-        Err(Error::Incomplete {
-            weight: self.name.clone(),
-            start,
-            end,
-            nbytes: self.nbytes,
-        })
+    /// The first range that has not arrived.
+    fn missing(&self) -> Option<(u64, u64)> {
+        (self.done < self.nbytes).then(|| (self.done, self.ahead.first().map_or(self.nbytes, |(s, _)| *s)))
     }
 }
 
@@ -172,15 +203,17 @@ impl WeightClass {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{FloatLayout, MemoryByClass, Role, Shape, ValueChange, WeightPlan};
 
     fn account(nbytes: u64, granule: u64) -> Account {
         Account {
-            name: "w".into(),
+            name_end: 0,
             nbytes,
             granule,
             prefix: 0,
             class: WeightClass::Quantized,
-            arrived: vec![],
+            done: 0,
+            ahead: vec![],
         }
     }
 
@@ -193,13 +226,12 @@ mod tests {
             let mut a = account(90, 18);
             let mut o = order;
             for n in (1..=4).rev() {
-                assert!(a.check_complete().is_err());
+                assert!(a.missing().is_some());
                 let (start, len) = left.remove(o % n);
                 o /= n;
                 a.record(start, len).unwrap();
             }
-            a.check_complete().unwrap();
-            assert_eq!(a.arrived, [(0, 90)]);
+            assert_eq!((a.missing(), a.done, a.ahead.len()), (None, 90, 0));
         }
     }
 
@@ -207,7 +239,7 @@ mod tests {
     fn overlap_misalignment_and_excess_are_refused_and_change_nothing() {
         let mut a = account(90, 18);
         a.record(18, 36).unwrap();
-        let before = a.arrived.clone();
+        let before = (a.done, a.ahead.clone());
         for (start, len) in [
             (18, 18),
             (36, 36),
@@ -221,9 +253,12 @@ mod tests {
             (u64::MAX, 2),
         ] {
             assert!(a.record(start, len).is_err(), "{start} + {len}");
-            assert_eq!(a.arrived, before);
+            assert_eq!((a.done, a.ahead.clone()), before);
         }
         a.record(0, 18).unwrap();
+        for (start, len) in [(0, 18), (36, 18), (0, 90)] {
+            assert!(a.record(start, len).is_err(), "{start} + {len}");
+        }
     }
 
     #[test]
@@ -231,11 +266,45 @@ mod tests {
         let mut a = account(90, 18);
         a.record(0, 18).unwrap();
         a.record(54, 18).unwrap();
-        match a.check_complete().unwrap_err() {
-            Error::Incomplete {
-                start, end, nbytes, ..
-            } => assert_eq!((start, end, nbytes), (18, 54, 90)),
-            other => panic!("{other}"),
+        assert_eq!(a.missing(), Some((18, 54)));
+    }
+
+    #[test]
+    fn messages_name_the_weight_they_are_about() {
+        let weight = |id, name: &str| WeightPlan {
+            id: WeightId(id),
+            name: name.into(),
+            layer: None,
+            role: Role::TokenEmbd,
+            class: WeightClass::Float,
+            encoding: Encoding::F32,
+            shape: Shape::vector(4),
+            nbytes: 16,
+            views: vec![],
+            change: ValueChange::Keep,
+            layout: FloatLayout::OutIn,
+            resident_bytes: 0,
+        };
+        let plan = LoadPlan {
+            architecture: "test".into(),
+            layers: 0,
+            weights: vec![weight(0, "one"), weight(1, ""), weight(2, "drei")],
+            resident: MemoryByClass::default(),
+            nbytes: 48,
+            source_bytes: 48,
+        };
+        let mut ledger = UploadLedger::new(&plan);
+        for (id, name) in [(0, "one"), (1, ""), (2, "drei")] {
+            assert!(
+                matches!(ledger.check_complete(), Err(Error::Incomplete { weight, .. }) if weight == name)
+            );
+            let past = ledger.record_f32(WeightId(id), 8, 12);
+            assert!(
+                matches!(past, Err(Error::InvalidChunk { weight, start: 8, end: 20, .. }) if weight == name)
+            );
+            ledger.record_f32(WeightId(id), 0, 16).unwrap();
         }
+        ledger.check_complete().unwrap();
+        assert!(ledger.record_f32(WeightId(3), 0, 16).is_err());
     }
 }
