@@ -13,8 +13,8 @@ use hoist_backend::{
 use crate::decode::{self, DeviceWeight, Engine, OneLaunch};
 use crate::digest::Hasher;
 use crate::driver::{self, DeviceBuffer, Stream};
-use crate::layout::{Finisher, Mover, transposing_pieces};
-use crate::load::{self, Equipment, Job, Preparation};
+use crate::layout::{Finisher, Mover, finish_bytes, transposing_pieces};
+use crate::load::{self, Equipment, Job, Preparation, Prepared};
 use crate::measure;
 use crate::residency::{EXPONENT_BYTES, INDEX_ENTRY_BYTES, Residency, SIZING};
 use crate::shared::{Acquired, SharedDevice};
@@ -71,13 +71,39 @@ fn equip(device: &Arc<SharedDevice>, prepared: Preparation, shape: load::Shape) 
     std::thread::Builder::new()
         .name("hoist-equip".into())
         .spawn(move || {
+            let (prepared, books) = prepared.wait();
+            device.keep_books(books);
             // What goes wrong here goes wrong again in a load, and says so.
-            if let Ok(equipment) = Equipment::new(&device.context, &device.modules, Some(prepared), shape) {
+            if let Ok(equipment) = Equipment::new(&device.context, &device.modules, prepared, shape) {
                 device.keep_equipment(equipment);
             }
         })
         .ok()
         .map(|thread| Aside(Some(thread)))
+}
+
+/// What has arrived by uploads; all of it once a load of its own has `finished`.
+fn books<'a>(
+    residency: &Residency,
+    ledger: &'a mut Option<UploadLedger>,
+    finished: bool,
+) -> Result<&'a mut UploadLedger> {
+    if ledger.is_none() {
+        let mut empty = residency.ledger();
+        if finished {
+            record_all(residency, &mut empty)?;
+        }
+        *ledger = Some(empty);
+    }
+    ledger
+        .as_mut()
+        .ok_or_else(|| Error::internal(crate::NAME, "a ledger that was made is not there"))
+}
+
+/// Records that every weight arrives whole.
+fn record_all(residency: &Residency, ledger: &mut UploadLedger) -> Result<()> {
+    let mut weights = residency.weights.iter().zip(0..);
+    weights.try_for_each(|(w, id)| ledger.record(WeightId(id), 0, w.nbytes, &[w.class]))
 }
 
 /// The CUDA backend, on one device.
@@ -87,6 +113,7 @@ pub struct CudaBackend {
     options: OpenOptions,
     pub(crate) lifecycle: Lifecycle,
     pub(crate) residency: Option<Residency>,
+    /// Of uploads, from the first one on; a load of its own counts what arrives itself.
     ledger: Option<UploadLedger>,
     /// Whether a load of its own has finished every weight already.
     finished: bool,
@@ -212,7 +239,12 @@ impl CudaBackend {
         let shape = load::Shape::new(self.options.threads, self.pin_limit);
         match self.device.take_equipment(shape) {
             Some(equipment) => Ok(equipment),
-            None => Equipment::new(&self.device.context, &self.device.modules, None, shape),
+            None => Equipment::new(
+                &self.device.context,
+                &self.device.modules,
+                Prepared::default(),
+                shape,
+            ),
         }
     }
 
@@ -264,9 +296,10 @@ impl CudaBackend {
     ) -> Result<()> {
         self.lifecycle.expect(call, State::Loading)?;
         self.device.context.bind()?;
-        let (Some(residency), Some(ledger)) = (&self.residency, &mut self.ledger) else {
+        let Some(residency) = &self.residency else {
             return Err(Error::internal(crate::NAME, "a load without weights"));
         };
+        let ledger = books(residency, &mut self.ledger, self.finished)?;
         let weight = residency.weight(chunk.weight)?;
         let bytes = chunk.bytes;
         record(ledger, chunk.weight, chunk.offset, bytes.len() as u64)?;
@@ -295,8 +328,12 @@ impl CudaBackend {
             unsafe { self.stream.copy_htod(table_at, table)? };
             // SAFETY: the pieces' sources are within the part, and their destinations within the weight.
             unsafe {
-                self.mover
-                    .launch(&self.stream, &pieces, table_at, scratch.ptr())?;
+                self.mover.launch(
+                    &self.stream,
+                    self.mover.launch_of(&pieces)?,
+                    table_at,
+                    scratch.ptr(),
+                )?;
             };
             self.stream.synchronize()?;
         }
@@ -348,12 +385,16 @@ impl CudaBackend {
     /// Row exponents and checks of weights that were pushed.
     fn finish_pushed(&self, residency: &Residency) -> Result<()> {
         let order: Vec<u32> = (0..residency.weights.len() as u32).collect();
+        let nbytes = finish_bytes(&residency.weights);
+        let memory = DeviceBuffer::new(&self.device.context, "tables of checks", nbytes)?;
+        let at = memory.ptr();
         let finisher = Finisher::new(
-            &self.device.context,
             &self.device.modules,
             &self.stream,
             residency,
             &order,
+            Arc::new(memory),
+            at,
         )?;
         finisher.launch(&self.stream, &mut order.clone())?;
         finisher.check(&self.stream, residency)
@@ -376,6 +417,13 @@ impl CudaBackend {
         result
     }
 
+    /// Gives the weights' memory back.
+    fn forget_weights(&mut self) {
+        if let Some(books) = self.residency.take().and_then(Residency::into_books) {
+            self.device.keep_books(books);
+        }
+    }
+
     fn clear(&mut self) {
         self.clearing = None;
         // Its program speaks of the weights' addresses.
@@ -383,7 +431,7 @@ impl CudaBackend {
         self.workspace_bytes = WorkspaceBytes::default();
         self.index = None;
         self.device_index = None;
-        self.residency = None;
+        self.forget_weights();
         self.ledger = None;
         self.finished = false;
         self.notes.clear();
@@ -415,11 +463,11 @@ impl WeightBackend for CudaBackend {
     fn begin_load(&mut self, plan: &LoadPlan) -> Result<()> {
         self.lifecycle.expect("begin_load", State::Empty)?;
         self.device.context.bind()?;
-        let residency = Residency::new(&self.device.context, plan, |needed| {
+        let books = self.device.take_books();
+        let residency = Residency::new(&self.device.context, plan, books, |needed| {
             self.admit("the arena of weights", needed)
         })?;
         self.residency = Some(residency);
-        self.ledger = Some(UploadLedger::new(plan));
         self.lifecycle.enter(State::Loading);
         Ok(())
     }
@@ -443,37 +491,29 @@ impl WeightBackend for CudaBackend {
             return Err(Error::internal(crate::NAME, "a load without weights"));
         };
         residency.check_is(plan)?;
-        let Some(mut books) = self.ledger.take() else {
-            return Err(Error::internal(crate::NAME, "a load without weights"));
+        // Nothing may have arrived by other ways, uploads or a load before.
+        let pushed = match (&mut self.ledger, self.finished) {
+            (None, false) => Ok(()),
+            (ledger, finished) => {
+                books(residency, ledger, finished).and_then(|books| record_all(residency, books))
+            }
         };
-        let loaded = plan
-            .weights
-            .iter()
-            .try_for_each(|w| books.record(w.id, 0, w.nbytes, &[w.class]))
-            .and_then(|()| self.load(plan, source, watch));
-        match loaded {
-            Ok(notes) => {
-                self.notes = notes;
-                self.ledger = Some(books);
-                self.finished = true;
-                Ok(())
-            }
-            Err(error) => {
-                // Nothing of it counts: what the books say has not all arrived.
-                self.ledger = Some(UploadLedger::new(plan));
-                Err(error)
-            }
-        }
+        // Whatever comes of it, no upload before it counts any more.
+        self.ledger = None;
+        self.finished = false;
+        self.notes = pushed.and_then(|()| self.load(plan, source, watch))?;
+        self.finished = true;
+        Ok(())
     }
 
     fn finish_load(&mut self) -> Result<LoadReceipt> {
         self.lifecycle.expect("finish_load", State::Loading)?;
         self.device.context.bind()?;
-        let (Some(residency), Some(ledger)) = (&self.residency, &self.ledger) else {
+        let Some(residency) = &self.residency else {
             return Err(Error::internal(crate::NAME, "a load without weights"));
         };
-        ledger.check_complete()?;
         if !self.finished {
+            books(residency, &mut self.ledger, false)?.check_complete()?;
             self.finish_pushed(residency)?;
         }
         let weights = u32::try_from(residency.weights.len())
@@ -547,8 +587,9 @@ impl WeightBackend for CudaBackend {
 
     fn read_back(&mut self, weight: WeightId, offset: u64, out: &mut [u8]) -> Result<()> {
         let residency = self.resident("read_back")?;
+        let name = residency.names.at(weight.index());
         let weight = residency.weight(weight)?;
-        weight.check_range(offset, out.len() as u64)?;
+        weight.check_range(name, offset, out.len() as u64)?;
         self.device.context.bind()?;
         if weight.layout == FloatLayout::OutIn {
             // SAFETY: the range is within the weight, and the borrow outlives the synchronisation that follows.
@@ -608,6 +649,9 @@ impl Drop for CudaBackend {
     fn drop(&mut self) {
         // Streams go with a current context, on whatever thread this is.
         let _ = self.device.context.bind();
+        self.clearing = None;
+        self.engine = None;
+        self.forget_weights();
     }
 }
 
@@ -625,7 +669,7 @@ impl DecodeBackend for CudaBackend {
         let prepared = engine.prepare(&self.device.modules, program, index, |id| {
             let weight = residency.weight(id)?;
             Ok(DeviceWeight {
-                name: &weight.name,
+                name: residency.names.at(id.index()),
                 class: weight.class,
                 encoding: weight.encoding,
                 shape: weight.shape,

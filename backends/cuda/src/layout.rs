@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use hoist_backend::{Encoding, Error, FloatLayout, Result, WeightClass};
 
-use crate::driver::{Context, DeviceBuffer, Stream};
+use crate::driver::{DeviceBuffer, Stream};
 use crate::modules::{Function, Launch, Modules, arguments};
 use crate::residency::{Residency, Resident};
 use crate::tables::{ITEM_BYTES, Item, Piece, PieceKind, Weight, scale_rule};
@@ -124,25 +124,23 @@ impl Mover {
         })
     }
 
-    /// Moves `pieces`, which lie at the device address `table`, from the device address `base` on.
-    ///
-    /// # Safety
-    /// What the pieces name is device memory: the source from `base` on, the destinations theirs alone until the stream
-    /// has passed.
-    pub(crate) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        pieces: &[Piece],
-        table: u64,
-        base: u64,
-    ) -> Result<()> {
+    /// How `pieces` are moved.
+    pub(crate) fn launch_of(&self, pieces: &[Piece]) -> Result<Launch> {
         let count = u32::try_from(pieces.len())
             .map_err(|_| Error::internal(crate::NAME, "more than 2^32 pieces in a chunk"))?;
         let blocks = pieces.iter().map(Piece::blocks).max().unwrap_or(0);
-        let launch = Launch {
+        Ok(Launch {
             grid: (count, blocks, 1),
             ..Launch::linear(count, THREADS)
-        };
+        })
+    }
+
+    /// Moves the pieces that lie at the device address `table`, from the device address `base` on.
+    ///
+    /// # Safety
+    /// `launch` is [`Mover::launch_of`] those pieces. What they name is device memory: the source from `base` on, the
+    /// destinations theirs alone until the stream has passed.
+    pub(crate) unsafe fn launch(&self, stream: &Stream, launch: Launch, table: u64, base: u64) -> Result<()> {
         // SAFETY: the kernel takes these two addresses; the caller upholds what they point to.
         unsafe {
             self.move_pieces
@@ -176,7 +174,7 @@ impl Mover {
         // SAFETY: pageable memory, and the scratch is this call's alone.
         unsafe { stream.copy_htod(table, bytes)? };
         // SAFETY: the pieces cover whole elements of the weight and the first `len` bytes of the scratch.
-        unsafe { self.launch(stream, &pieces, table, weight.ptr)? };
+        unsafe { self.launch(stream, self.launch_of(&pieces)?, table, weight.ptr)? };
         Ok(scratch.ptr())
     }
 }
@@ -185,117 +183,138 @@ impl Mover {
 #[derive(Debug)]
 pub(crate) struct Finisher {
     finish_weights: Function,
-    weights: DeviceBuffer,
-    items: DeviceBuffer,
-    /// One u64 a weight: the offset of the first NaN or infinity, all ones if there is none.
-    first_bad: DeviceBuffer,
-    /// Items of the weight of each rank.
-    ranges: Vec<Range<u32>>,
+    /// Device addresses of [`Weight`]s, of [`Item`]s and, for each weight, of a u64: the offset of the first NaN or infinity,
+    /// all ones if there is none.
+    weights: u64,
+    items: u64,
+    first_bad: u64,
+    /// Where the items of the weight of each rank end; they start where those before end.
+    ends: Vec<u32>,
+    /// What the tables lie in.
+    _memory: Arc<DeviceBuffer>,
 }
 
-/// Weights in their own order; items, and each rank's range of them, in the order of arrival.
-type FinishTables = (Vec<Weight>, Vec<Item>, Vec<Range<u32>>);
+/// The entry of a weight.
+fn entry(w: &Resident) -> Result<Weight> {
+    let rule = scale_rule(w.encoding)
+        .ok_or_else(|| Error::internal(crate::NAME, format!("no scales of {}", w.encoding)))?;
+    Ok(Weight {
+        ptr: w.ptr,
+        nbytes: w.nbytes,
+        exponents: w.exponents,
+        rows: w.rows(),
+        rows_per_matrix: w.shape.rows,
+        row_bytes: w.row_bytes(),
+        rows_per_item: rows_per_item(w) as u32,
+        block_bytes: w.encoding.block_bytes() as u32,
+        prefix: w.encoding.matrix_prefix_bytes() as u32,
+        scales: rule.scales as u32,
+        at: rule.at,
+        at2: rule.at2,
+        shift: rule.shift,
+        pad: 0,
+    })
+}
 
-/// The tables of a [`Finisher`], for weights that arrive about in `order`.
-fn finish_tables(residency: &[Resident], order: &[u32]) -> Result<FinishTables> {
+/// Rows of a quantised weight that one block of threads finishes; at most 2^16.
+fn rows_per_item(w: &Resident) -> u64 {
+    (ITEM_BYTES / w.row_bytes().max(1)).clamp(1, 1 << 16)
+}
+
+/// Parts that a weight is finished in.
+fn parts(w: &Resident) -> u64 {
+    if w.class == WeightClass::Quantized {
+        w.rows().div_ceil(rows_per_item(w))
+    } else {
+        w.nbytes.div_ceil(ITEM_BYTES)
+    }
+}
+
+/// Bytes of a [`Finisher`]'s tables on the device.
+pub(crate) fn finish_bytes(residents: &[Resident]) -> u64 {
+    let items = residents.iter().fold(0u64, |sum, w| sum.saturating_add(parts(w)));
+    let of_weights = (size_of::<Weight>() + size_of::<u64>()) * residents.len();
+    items
+        .saturating_mul(size_of::<Item>() as u64)
+        .saturating_add(of_weights as u64)
+}
+
+/// The tables of a [`Finisher`], for weights that arrive about in `order`: entries in the weights' own order and behind them
+/// items in the order of arrival, in words; and where each rank's items end.
+fn finish_tables(residents: &[Resident], order: &[u32]) -> Result<(Vec<u64>, Vec<u32>)> {
     let too_many = || Error::internal(crate::NAME, "more than 2^32 parts to finish");
-    let mut weights = Vec::with_capacity(residency.len());
-    for w in residency {
-        let rule = scale_rule(w.encoding)
-            .ok_or_else(|| Error::internal(crate::NAME, format!("no scales of {}", w.encoding)))?;
-        let row_bytes = w.row_bytes();
-        weights.push(Weight {
-            ptr: w.ptr,
-            nbytes: w.nbytes,
-            exponents: w.exponents,
-            rows: w.rows(),
-            rows_per_matrix: w.shape.rows,
-            row_bytes,
-            rows_per_item: u32::try_from((ITEM_BYTES / row_bytes.max(1)).clamp(1, 1 << 16))
-                .map_err(|_| too_many())?,
-            block_bytes: w.encoding.block_bytes() as u32,
-            prefix: w.encoding.matrix_prefix_bytes() as u32,
-            scales: rule.scales as u32,
-            at: rule.at,
-            at2: rule.at2,
-            shift: rule.shift,
-            pad: 0,
-        });
+    let mut words: Vec<u64> = Vec::with_capacity((finish_bytes(residents) / 8) as usize);
+    for w in residents {
+        words.extend_from_slice(bytemuck::cast_slice(&[entry(w)?]));
     }
-    let mut items: Vec<Item> = Vec::new();
-    let mut ranges = Vec::with_capacity(order.len());
+    let mut ends = Vec::with_capacity(order.len());
+    let mut end = 0u32;
     for &weight in order {
-        let (entry, w) = (&weights[weight as usize], &residency[weight as usize]);
-        let parts = if w.class == WeightClass::Quantized {
-            entry.rows.div_ceil(u64::from(entry.rows_per_item))
-        } else {
-            entry.nbytes.div_ceil(ITEM_BYTES)
-        };
-        let parts = u32::try_from(parts).map_err(|_| too_many())?;
-        let start = u32::try_from(items.len()).map_err(|_| too_many())?;
-        items.extend((0..parts).map(|part| Item { weight, part }));
-        ranges.push(start..u32::try_from(items.len()).map_err(|_| too_many())?);
+        let parts = u32::try_from(parts(&residents[weight as usize])).map_err(|_| too_many())?;
+        for part in 0..parts {
+            words.extend_from_slice(bytemuck::cast_slice(&[Item { weight, part }]));
+        }
+        end = end.checked_add(parts).ok_or_else(too_many)?;
+        ends.push(end);
     }
-    Ok((weights, items, ranges))
+    Ok((words, ends))
 }
 
 impl Finisher {
-    /// For all weights; ranks are places in `order`, so that weights that arrive one after the other have neighbouring
-    /// ranks and are finished by one launch.
+    /// For all weights, with tables of [`finish_bytes`] at the device address `at` of `memory`; ranks are places in `order`,
+    /// so that weights that arrive one after the other have neighbouring ranks and are finished by one launch.
     pub(crate) fn new(
-        context: &Arc<Context>,
         modules: &Modules,
         stream: &Stream,
         residency: &Residency,
         order: &[u32],
+        memory: Arc<DeviceBuffer>,
+        at: u64,
     ) -> Result<Self> {
-        let (weights, items, ranges) = finish_tables(&residency.weights, order)?;
-        let upload = |what, bytes: &[u8]| -> Result<DeviceBuffer> {
-            let buffer = DeviceBuffer::new(context, what, bytes.len() as u64)?;
-            // SAFETY: pageable memory, and the buffer is new.
-            unsafe { stream.copy_htod(buffer.ptr(), bytes)? };
-            Ok(buffer)
-        };
-        let first_bad = DeviceBuffer::new(context, "a table of checks", residency.weights.len() as u64 * 8)?;
-        // SAFETY: the buffer is new.
-        unsafe { stream.fill(first_bad.ptr(), 0xff, residency.weights.len() * 8)? };
+        let (words, ends) = finish_tables(&residency.weights, order)?;
+        let tables: &[u8] = bytemuck::cast_slice(&words);
+        let items = at + (residency.weights.len() * size_of::<Weight>()) as u64;
+        let first_bad = at + tables.len() as u64;
+        let checks = residency.weights.len() * size_of::<u64>();
+        if at < memory.ptr() || first_bad + checks as u64 > memory.ptr() + memory.nbytes() {
+            return Err(Error::internal(crate::NAME, "no room for the tables of a load"));
+        }
+        // SAFETY: pageable memory; that part of the buffer is this value's.
+        unsafe { stream.copy_htod(at, tables)? };
+        // SAFETY: as above.
+        unsafe { stream.fill(first_bad, 0xff, checks)? };
         Ok(Self {
             finish_weights: modules.function("residency", "finish_weights")?,
-            weights: upload("a table of weights", bytemuck::cast_slice(&weights))?,
-            items: upload("a table of checks", bytemuck::cast_slice(&items))?,
+            weights: at,
+            items,
             first_bad,
-            ranges,
+            ends,
+            _memory: memory,
         })
     }
 
     /// Finishes the weights of those ranks, which must have arrived; sorts the list.
     pub(crate) fn launch(&self, stream: &Stream, ranks: &mut [u32]) -> Result<()> {
         ranks.sort_unstable();
-        let mut pending: Option<Range<u32>> = None;
+        let mut pending = 0..0;
         for &rank in ranks.iter() {
-            let range = self
-                .ranges
+            let end = *self
+                .ends
                 .get(rank as usize)
-                .ok_or_else(|| Error::internal(crate::NAME, "a rank without a weight"))?
-                .clone();
-            pending = match pending.take() {
-                Some(before) if before.end == range.start => Some(before.start..range.end),
-                Some(before) => {
-                    self.launch_items(stream, &before)?;
-                    Some(range)
-                }
-                None => Some(range),
-            };
+                .ok_or_else(|| Error::internal(crate::NAME, "a rank without a weight"))?;
+            let start = rank.checked_sub(1).map_or(0, |before| self.ends[before as usize]);
+            if pending.end != start {
+                self.launch_items(stream, &pending)?;
+                pending.start = start;
+            }
+            pending.end = end;
         }
-        match pending {
-            Some(range) => self.launch_items(stream, &range),
-            None => Ok(()),
-        }
+        self.launch_items(stream, &pending)
     }
 
     fn launch_items(&self, stream: &Stream, range: &Range<u32>) -> Result<()> {
-        let items = self.items.ptr() + u64::from(range.start) * size_of::<Item>() as u64;
-        let (weights, first_bad) = (self.weights.ptr(), self.first_bad.ptr());
+        let items = self.items + u64::from(range.start) * size_of::<Item>() as u64;
+        let (weights, first_bad) = (self.weights, self.first_bad);
         let launch = Launch::linear(range.end - range.start, THREADS);
         // SAFETY: the kernel takes these three addresses: tables of this value, whose weights lie in the arena.
         unsafe {
@@ -311,12 +330,12 @@ impl Finisher {
     pub(crate) fn check(&self, stream: &Stream, residency: &Residency) -> Result<()> {
         let mut first_bad = vec![0u64; residency.weights.len()];
         // SAFETY: the vector outlives the synchronisation that follows.
-        unsafe { stream.copy_dtoh(bytemuck::cast_slice_mut(&mut first_bad), self.first_bad.ptr())? };
+        unsafe { stream.copy_dtoh(bytemuck::cast_slice_mut(&mut first_bad), self.first_bad)? };
         stream.synchronize()?;
-        for (weight, stored) in residency.weights.iter().zip(first_bad) {
+        for (place, (weight, stored)) in residency.weights.iter().zip(first_bad).enumerate() {
             if stored != u64::MAX {
                 return Err(Error::NonFiniteWeight {
-                    weight: weight.name.clone(),
+                    weight: residency.names.at(place).into(),
                     offset: canonical_offset(weight, stored),
                 });
             }
@@ -346,7 +365,6 @@ mod tests {
 
     fn resident(encoding: Encoding, shape: Shape, layout: FloatLayout) -> Resident {
         Resident {
-            name: "w".into(),
             class: WeightClass::of_matrix(encoding),
             encoding,
             shape,
@@ -423,12 +441,13 @@ mod tests {
             resident(Encoding::BF16, Shape::matrix(1000, 777), FloatLayout::OutIn),
             resident(Encoding::APR_Q8, Shape::matrix(3, 32), FloatLayout::OutIn),
         ];
-        let (table, items, ranges) = finish_tables(&weights, &[2, 0, 1]).unwrap();
+        let (words, ends) = finish_tables(&weights, &[2, 0, 1]).unwrap();
+        assert_eq!(words.len() as u64 * 8 + 3 * 8, finish_bytes(&weights));
+        let (table, items) = words.split_at(3 * size_of::<Weight>() / 8);
+        let (table, items): (&[Weight], &[Item]) = (bytemuck::cast_slice(table), bytemuck::cast_slice(items));
         let parts = |rank: usize| {
-            ranges[rank]
-                .clone()
-                .map(|i| items[i as usize])
-                .collect::<Vec<_>>()
+            let start = rank.checked_sub(1).map_or(0, |before| ends[before]);
+            items[start as usize..ends[rank] as usize].to_vec()
         };
         assert!(parts(1).iter().enumerate().all(|(i, item)| *item
             == Item {
@@ -439,6 +458,6 @@ mod tests {
         assert!(rows >= 2000 && rows - u64::from(table[0].rows_per_item) < 2000);
         assert_eq!(parts(0), [Item { weight: 2, part: 0 }]);
         assert_eq!(parts(2).len() as u64, (1000 * 777 * 2u64).div_ceil(ITEM_BYTES));
-        assert_eq!(ranges[2].end as usize, items.len());
+        assert_eq!(ends[2] as usize, items.len());
     }
 }

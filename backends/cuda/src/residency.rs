@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use hoist_backend::{
     Encoding, Error, FloatLayout, LoadPlan, MemoryByClass, Result, Shape, Sizing, UnsupportedWhat,
-    ValueChange, WeightClass, WeightId, WeightPlan,
+    UploadLedger, ValueChange, WeightClass, WeightId, WeightPlan,
 };
 
 use crate::driver::{Context, DeviceBuffer};
@@ -24,10 +24,9 @@ pub(crate) const SIZING: Sizing = Sizing {
     index_entry_bytes: INDEX_ENTRY_BYTES,
 };
 
-/// One weight.
-#[derive(Clone, Debug)]
+/// One weight; its name stands in [`Residency`].
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Resident {
-    pub(crate) name: String,
     pub(crate) class: WeightClass,
     pub(crate) encoding: Encoding,
     pub(crate) shape: Shape,
@@ -57,8 +56,8 @@ impl Resident {
     }
 
     /// Demands a range of canonical bytes that is within the weight and splits no block.
-    pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
-        let what = || format!("range of `{}` to read back", self.name);
+    pub(crate) fn check_range(&self, name: &str, offset: u64, len: u64) -> Result<()> {
+        let what = || format!("range of `{name}` to read back");
         let end = offset.checked_add(len).filter(|end| *end <= self.nbytes);
         let Some(end) = end else {
             return Err(Error::invalid(
@@ -79,10 +78,79 @@ impl Resident {
     }
 }
 
+/// The names of all weights, one after the other.
+#[derive(Debug, Default)]
+pub(crate) struct Names {
+    text: String,
+    ends: Vec<usize>,
+}
+
+impl Names {
+    fn fill(&mut self, plan: &LoadPlan) {
+        self.text.clear();
+        self.text.reserve(plan.weights.iter().map(|w| w.name.len()).sum());
+        self.ends.clear();
+        self.ends.extend(plan.weights.iter().map(|weight| {
+            self.text.push_str(&weight.name);
+            self.text.len()
+        }));
+    }
+
+    /// The name of the weight at a place; empty if there is none.
+    pub(crate) fn at(&self, place: usize) -> &str {
+        let Some(end) = self.ends.get(place) else {
+            return "";
+        };
+        let start = place.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.text[start..*end]
+    }
+}
+
+/// Weights for which memory is touched ahead.
+pub(crate) const TOUCHED_WEIGHTS: usize = 32 << 10;
+/// Weights whose names are worth a thread.
+const MANY_WEIGHTS: usize = 4096;
+/// Bytes of a name there.
+const TOUCHED_NAME_BYTES: usize = 48;
+
+/// Memory of the host for what is known of each weight. Touching it for the first time is most of what tens of thousands of
+/// weights cost before anything is read, so that it is touched while the context is made, and kept from load to load.
+#[derive(Debug, Default)]
+pub(crate) struct Books {
+    weights: Vec<Resident>,
+    names: Names,
+}
+
+impl Books {
+    /// Memory that has been touched.
+    pub(crate) fn touched() -> Self {
+        let nothing = Resident {
+            class: WeightClass::Float,
+            encoding: Encoding::F32,
+            shape: Shape::vector(0),
+            layout: FloatLayout::OutIn,
+            ptr: 0,
+            nbytes: 0,
+            exponents: 0,
+        };
+        let mut books = Self {
+            weights: vec![nothing; TOUCHED_WEIGHTS],
+            names: Names {
+                text: " ".repeat(TOUCHED_WEIGHTS * TOUCHED_NAME_BYTES),
+                ends: vec![1; TOUCHED_WEIGHTS],
+            },
+        };
+        books.weights.clear();
+        books
+    }
+}
+
 /// All weights of a model, and the memory they lie in.
 #[derive(Debug)]
 pub(crate) struct Residency {
-    pub(crate) weights: Vec<Resident>,
+    /// Shared with reader threads, which make their tables of it.
+    pub(crate) weights: Arc<Vec<Resident>>,
+    pub(crate) names: Names,
     /// Shared with reader threads, so that none writes to memory that was given back.
     pub(crate) arena: Arc<DeviceBuffer>,
     /// Bytes by class, padding included.
@@ -165,11 +233,11 @@ fn resident_bytes(plan: &WeightPlan) -> Option<u64> {
         .checked_next_multiple_of(ALIGNMENT)
 }
 
-/// Weights of a plan at offsets of an arena, and its size.
-fn lay_out(plan: &LoadPlan) -> Result<(Vec<Resident>, MemoryByClass, u64)> {
+/// Puts the weights of a plan at offsets of an arena into an empty list; their bytes by class, and the arena's.
+fn lay_out(plan: &LoadPlan, weights: &mut Vec<Resident>) -> Result<(MemoryByClass, u64)> {
     let mut end = 0u64;
     let mut by_class = MemoryByClass::default();
-    let mut weights = Vec::with_capacity(plan.weights.len());
+    weights.reserve(plan.weights.len());
     for (place, weight) in plan.weights.iter().enumerate() {
         check(weight, place)?;
         let too_large = || {
@@ -190,7 +258,6 @@ fn lay_out(plan: &LoadPlan) -> Result<(Vec<Resident>, MemoryByClass, u64)> {
             0
         };
         weights.push(Resident {
-            name: weight.name.clone(),
             class: weight.class,
             encoding: weight.encoding,
             shape: weight.shape,
@@ -200,22 +267,38 @@ fn lay_out(plan: &LoadPlan) -> Result<(Vec<Resident>, MemoryByClass, u64)> {
             exponents,
         });
     }
-    Ok((weights, by_class, end))
+    Ok((by_class, end))
 }
 
 impl Residency {
-    /// Takes an arena for a plan, after `admit` has agreed to its size.
+    /// Takes an arena for a plan, after `admit` has agreed to its size; keeps books in memory that is there.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`], [`Error::Unsupported`] for weights it cannot hold; [`Error::OutOfMemory`].
     pub(crate) fn new(
         context: &Arc<Context>,
         plan: &LoadPlan,
+        books: Books,
         admit: impl FnOnce(u64) -> Result<()>,
     ) -> Result<Self> {
-        let (mut weights, by_class, nbytes) = lay_out(plan)?;
-        admit(nbytes)?;
-        let arena = DeviceBuffer::new(context, "the arena of weights", nbytes)?;
+        let Books {
+            mut weights,
+            mut names,
+        } = books;
+        weights.clear();
+        names.ends.clear();
+        let (by_class, arena) = std::thread::scope(|scope| {
+            if plan.weights.len() >= MANY_WEIGHTS {
+                // Beside what follows, which takes longer than to start a thread. One that cannot be started is made up for.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, || names.fill(plan));
+            }
+            let (by_class, nbytes) = lay_out(plan, &mut weights)?;
+            admit(nbytes)?;
+            DeviceBuffer::new(context, "the arena of weights", nbytes).map(|arena| (by_class, arena))
+        })?;
+        if names.ends.len() != plan.weights.len() {
+            names.fill(plan);
+        }
         for weight in &mut weights {
             weight.ptr += arena.ptr();
             if weight.class == WeightClass::Quantized {
@@ -223,9 +306,18 @@ impl Residency {
             }
         }
         Ok(Self {
-            weights,
+            weights: Arc::new(weights),
+            names,
             arena: Arc::new(arena),
             by_class,
+        })
+    }
+
+    /// Gives the arena back; the books' memory, unless a thread still reads them.
+    pub(crate) fn into_books(self) -> Option<Books> {
+        Some(Books {
+            weights: Arc::into_inner(self.weights)?,
+            names: self.names,
         })
     }
 
@@ -237,13 +329,19 @@ impl Residency {
         })
     }
 
+    /// An empty ledger for its weights.
+    pub(crate) fn ledger(&self) -> UploadLedger {
+        let weights = self.weights.iter().enumerate();
+        UploadLedger::of(weights.map(|(place, w)| (self.names.at(place), w.class, w.encoding, w.nbytes)))
+    }
+
     /// Demands that `plan` is the one that was laid out.
     pub(crate) fn check_is(&self, plan: &LoadPlan) -> Result<()> {
         let same = plan.weights.len() == self.weights.len()
             && plan
                 .weights
                 .iter()
-                .zip(&self.weights)
+                .zip(self.weights.iter())
                 .enumerate()
                 .all(|(i, (p, w))| {
                     p.id.index() == i
@@ -322,7 +420,8 @@ pub(crate) mod tests {
             planned(2, Encoding::APR_Q8, Shape::matrix(3, 32), 0),
             planned(3, Encoding::BF16, Shape::matrix(3, 5), 0),
         ]);
-        let (weights, by_class, end) = lay_out(&plan).unwrap();
+        let mut weights = Vec::new();
+        let (by_class, end) = lay_out(&plan, &mut weights).unwrap();
         assert_eq!(end, plan.weights.iter().map(|w| w.resident_bytes).sum::<u64>());
         assert_eq!(by_class.weights(), end);
         let mut at = 0;
@@ -338,9 +437,25 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn every_weight_keeps_its_name() {
+        let mut weights: Vec<_> = (0..4)
+            .map(|id| planned(id, Encoding::F32, Shape::vector(1), 0))
+            .collect();
+        weights[1].name = "größer".into();
+        weights[2].name = String::new();
+        let mut names = Books::touched().names;
+        names.fill(&plan_of(weights.clone()));
+        for (place, weight) in weights.iter().enumerate() {
+            assert_eq!(names.at(place), weight.name);
+        }
+        assert_eq!(names.at(4), "");
+    }
+
+    #[test]
     fn plans_that_contradict_themselves_are_refused() {
         let good = planned(0, Encoding::F32, Shape::vector(8), 0);
-        lay_out(&plan_of(vec![good.clone()])).unwrap();
+        let fits = |weight| lay_out(&plan_of(vec![weight]), &mut Vec::new()).is_ok();
+        assert!(fits(good.clone()));
         let mut wrong = vec![good.clone(); 5];
         wrong[0].nbytes = 31;
         wrong[1].id = WeightId(1);
@@ -348,22 +463,21 @@ pub(crate) mod tests {
         wrong[3].encoding = Encoding::Q8_K;
         wrong[4].shape.cols = 0;
         for weight in wrong {
-            assert!(lay_out(&plan_of(vec![weight.clone()])).is_err(), "{weight:?}");
+            assert!(!fits(weight.clone()), "{weight:?}");
         }
     }
 
     #[test]
     fn ranges_that_split_a_block_or_end_late_are_refused() {
-        let (weights, _, _) = lay_out(&plan_of(vec![planned(
-            0,
-            Encoding::Q8_0,
-            Shape::matrix(2, 64),
-            0,
-        )]))
-        .unwrap();
-        weights[0].check_range(34, 68).unwrap();
+        let plan = plan_of(vec![planned(0, Encoding::Q8_0, Shape::matrix(2, 64), 0)]);
+        let mut weights = Vec::new();
+        lay_out(&plan, &mut weights).unwrap();
+        weights[0].check_range("w", 34, 68).unwrap();
         for (offset, len) in [(1, 33), (0, 33), (34, 34 * 4), (u64::MAX, 2)] {
-            assert!(weights[0].check_range(offset, len).is_err(), "{offset} {len}");
+            assert!(
+                weights[0].check_range("w", offset, len).is_err(),
+                "{offset} {len}"
+            );
         }
     }
 }

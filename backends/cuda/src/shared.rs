@@ -19,6 +19,7 @@ use hoist_backend::{Error, Result};
 use crate::driver::{self, Context, Device};
 use crate::load::{Equipment, Shape};
 use crate::modules::Modules;
+use crate::residency::Books;
 
 /// By ordinal; only devices that exist have a place.
 static PLACES: Mutex<BTreeMap<u32, Arc<Place>>> = Mutex::new(BTreeMap::new());
@@ -36,6 +37,8 @@ struct Place {
 pub(crate) struct SharedDevice {
     /// What the next load uses, if it asks for the same.
     kept: Mutex<Option<Equipment>>,
+    /// What the next model's books are kept in.
+    books: Mutex<Option<Books>>,
     /// Set once a call has said that the context is lost.
     lost: AtomicBool,
     // Handles last: they must outlive what is made of them.
@@ -90,12 +93,23 @@ impl SharedDevice {
         context.check()?;
         let device = Arc::new(Self {
             kept: Mutex::new(None),
+            books: Mutex::new(None),
             lost: AtomicBool::new(false),
             modules: Modules::new(&context),
             context,
         });
         *lock(&place.device) = Some(Arc::clone(&device));
         Ok(Acquired { device, fresh: true })
+    }
+
+    /// Memory for a model's books, touched or not.
+    pub(crate) fn take_books(&self) -> Books {
+        lock(&self.books).take().unwrap_or_default()
+    }
+
+    /// Keeps a model's books, of which nothing counts any more.
+    pub(crate) fn keep_books(&self, books: Books) {
+        let _replaced = lock(&self.books).replace(books);
     }
 
     /// What was kept for a load of that shape. What was kept for another one is given back: there is to be one set.
@@ -151,7 +165,7 @@ pub fn release_unused() -> usize {
             Some(device) => {
                 *kept = Some(Arc::clone(&device));
                 drop(kept);
-                let _unused = lock(&device.kept).take();
+                let _unused = (lock(&device.kept).take(), lock(&device.books).take());
             }
         }
     }

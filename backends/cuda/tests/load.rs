@@ -49,6 +49,7 @@ fn main() {
         ("a_hundred_loads_leave_what_they_found", hundred),
         ("a_cold_file_goes_past_the_page_cache", cold),
         ("a_source_in_memory_or_without_files_loads_too", no_files),
+        ("small_tensors_need_no_driver_call_each", small_ones),
     ];
     let trials = tests
         .iter()
@@ -893,4 +894,68 @@ fn no_files() -> Outcome {
         check_all(&mut backend, &source)?;
     }
     Ok(())
+}
+
+/// Driver calls of a kind that loading a source takes, up to its end; and its chunks.
+fn calls_of_a_load(backend: &mut CudaBackend, source: &Source, calls: &[&str]) -> Result<(Vec<u64>, u64)> {
+    let count = || -> Vec<u64> {
+        let counted = |call: &&str| counted(&format!("calls.{call}")).unwrap_or(0);
+        calls.iter().map(counted).collect()
+    };
+    let before = count();
+    let notes = load(backend, source)?;
+    let used = count()
+        .iter()
+        .zip(before)
+        .map(|(now, before)| now - before)
+        .collect();
+    let chunks = notes.iter().filter(|(name, _)| name.starts_with("chunks "));
+    let chunks = chunks.filter_map(|(_, n)| n.parse::<u64>().ok()).sum();
+    Ok((used, chunks))
+}
+
+fn small_ones() -> Outcome {
+    const CALLS: &[&str] = &[
+        "cuMemAlloc_v2",
+        "cuMemcpyHtoDAsync_v2",
+        "cuEventRecord",
+        "cuLaunchKernelEx",
+    ];
+    const BYTES: u64 = 40 << 20;
+    let of = |count: u64| {
+        let mut b = Builder::new(1);
+        for i in 0..count {
+            // Every ninth changes its values on the way, as a norm vector of bf16 does.
+            if i % 9 == 4 {
+                b.add_gamma(0, Encoding::BF16, BYTES / count / 2, false);
+            } else {
+                b.add(0, Encoding::BF16, Shape::vector(BYTES / count / 2));
+            }
+        }
+        b.build(true)
+    };
+    let (many, few) = (of(20_000), of(300));
+    let mut backend = cuda();
+    // So that there is a ring.
+    load(&mut backend, &few)?;
+    backend.unload()?;
+    let (of_few, chunks_of_few) = calls_of_a_load(&mut backend, &few, CALLS)?;
+    check_all(&mut backend, &few)?;
+    backend.unload()?;
+    let (of_many, chunks) = calls_of_a_load(&mut backend, &many, CALLS)?;
+    println!("{CALLS:?}: {of_many:?} for {chunks} chunks, {of_few:?} for {chunks_of_few}");
+    assert!(
+        chunks <= chunks_of_few + chunks_of_few / 4,
+        "{chunks} chunks, {chunks_of_few} of few"
+    );
+    if counted("calls.cuMemAlloc_v2").is_none() {
+        return check_all(&mut backend, &many);
+    }
+    // The arena, and staging with all tables; a copy and an event a chunk, and the tables; a launch that moves a chunk's
+    // pieces and at most one that checks them, and those that the last weights wait for.
+    let most = [2, chunks + 1, chunks, 2 * chunks + 1];
+    for ((call, used), most) in CALLS.iter().zip(of_many).zip(most) {
+        assert!(used > 0 && used <= most, "{used} times {call}, of {most}");
+    }
+    check_all(&mut backend, &many)
 }

@@ -31,11 +31,12 @@ use hoist_backend::{
 use self::input::{Input, Path};
 pub(crate) use self::input::{cached_bytes, open_direct};
 use self::ring::{Ring, SLOTS};
-use self::schedule::{Chunk, How, MAX_PIECES, PAGE, STAGED_BYTES, Schedule, TABLE_BYTES};
+use self::schedule::{CHUNK_BYTES, Chunk, Desk, MAX_PIECES, PAGE, STEP_BYTES, Schedule, TABLE_BYTES};
 use crate::driver::{Context, DeviceBuffer, Event, Stream};
-use crate::layout::{Finisher, Mover, transposing_pieces};
+use crate::layout::{Finisher, Mover, finish_bytes, transposing_pieces};
 use crate::modules::Modules;
-use crate::residency::Residency;
+use crate::residency::{Books, Residency, Resident};
+use crate::tables::Piece;
 
 /// Most reader threads: with two slots of 4 MiB each they keep the link busy while half of them read.
 const MAX_THREADS: usize = 16;
@@ -52,7 +53,7 @@ const STALL: Duration = Duration::from_secs(60);
 /// A pause that the report mentions.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Bytes of a thread's staging on the device.
-const STAGING_BYTES: u64 = (PAGE + STAGED_BYTES + PAGE + TABLE_BYTES).next_multiple_of(256);
+const STAGING_BYTES: u64 = (PAGE + CHUNK_BYTES + PAGE + TABLE_BYTES).next_multiple_of(256);
 
 /// What decides how large a load's equipment is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +83,7 @@ pub(crate) struct Equipment {
     ring: Arc<Ring>,
     lanes: Vec<Lane>,
     finishing: Stream,
+    desk: Desk,
     /// How long it took to make; `None` if it was kept from a load before.
     took: Option<Duration>,
     context: Arc<Context>,
@@ -101,9 +103,16 @@ fn default_threads() -> usize {
         .clamp(MIN_THREADS, MAX_THREADS)
 }
 
-/// The ring of a load that is to come, touched while the context is made.
+/// Memory of the host for a load that is to come, touched while the context is made.
 #[derive(Debug)]
-pub(crate) struct Preparation(Option<JoinHandle<Result<Ring>>>);
+pub(crate) struct Preparation(Option<JoinHandle<(Prepared, Books)>>);
+
+/// What came of it, as far as a load is concerned.
+#[derive(Debug, Default)]
+pub(crate) struct Prepared {
+    ring: Option<Ring>,
+    desk: Desk,
+}
 
 impl Preparation {
     /// Starts.
@@ -111,8 +120,21 @@ impl Preparation {
         // Without a thread the ring is made when it is needed.
         let thread = std::thread::Builder::new()
             .name("hoist-ring".into())
-            .spawn(move || Ring::new(shape.lanes, shape.pin_limit));
+            .spawn(move || {
+                let prepared = Prepared {
+                    // What goes wrong here goes wrong again when it is needed, and says so.
+                    ring: Ring::new(shape.lanes, shape.pin_limit).ok(),
+                    desk: Desk::touched(),
+                };
+                (prepared, Books::touched())
+            });
         Self(thread.ok())
+    }
+
+    /// What came of it.
+    pub(crate) fn wait(self) -> (Prepared, Books) {
+        let thread = self.0.and_then(|thread| thread.join().ok());
+        thread.unwrap_or_default()
     }
 }
 
@@ -121,16 +143,14 @@ impl Equipment {
     pub(crate) fn new(
         context: &Arc<Context>,
         modules: &Modules,
-        prepared: Option<Preparation>,
+        prepared: Prepared,
         shape: Shape,
     ) -> Result<Self> {
         let started = Instant::now();
         context.bind()?;
-        let prepared = prepared.and_then(|p| p.0).and_then(|thread| thread.join().ok());
-        let ring = match prepared {
-            Some(Ok(ring)) => ring,
-            // What went wrong then goes wrong again and says so.
-            _ => Ring::new(shape.lanes, shape.pin_limit)?,
+        let ring = match prepared.ring {
+            Some(ring) => ring,
+            None => Ring::new(shape.lanes, shape.pin_limit)?,
         };
         let ring = Arc::new(ring);
         let lanes = (0..ring.lanes())
@@ -150,6 +170,7 @@ impl Equipment {
             ring,
             lanes,
             finishing,
+            desk: prepared.desk,
             took: Some(started.elapsed()),
             context: Arc::clone(context),
         })
@@ -212,18 +233,17 @@ fn lock_ahead(ring: &Arc<Ring>, context: &Arc<Context>) -> Option<JoinHandle<()>
 struct Shared {
     context: Arc<Context>,
     inputs: Vec<Option<Input>>,
-    chunks: Vec<Chunk>,
+    schedule: Schedule,
+    residents: Arc<Vec<Resident>>,
     next: AtomicUsize,
     stop: AtomicBool,
     error: Mutex<Option<Error>>,
-    /// Canonical bytes of each weight that have not arrived.
-    missing: Vec<AtomicU64>,
-    /// Canonical bytes that have arrived.
-    arrived: AtomicU64,
     /// Source bytes read, by [`Path`].
     read: [AtomicU64; 3],
     mover: Mover,
-    staging: Option<DeviceBuffer>,
+    /// For so many threads staging, and tables behind it.
+    memory: Arc<DeviceBuffer>,
+    staged_threads: usize,
     /// A lane for each reader, and the last one for the calling thread.
     equipment: Arc<Equipment>,
     /// Kept until the last thread has ended, so that none writes to memory that was given back.
@@ -233,8 +253,8 @@ struct Shared {
 }
 
 enum Message {
-    /// A weight is whole.
-    Whole(u32),
+    /// The chunk of that number is in place.
+    Arrived(usize),
     /// A thread has ended.
     Ended,
 }
@@ -256,18 +276,6 @@ impl Shared {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Counts what has arrived.
-    fn arrive(&self, arrivals: &[(u32, u64)], sender: &Sender<Message>) {
-        for (weight, nbytes) in arrivals {
-            let before = self.missing[*weight as usize].fetch_sub(*nbytes, Ordering::AcqRel);
-            self.arrived.fetch_add(*nbytes, Ordering::Relaxed);
-            if before == *nbytes {
-                // Nobody listens any more once the load has failed.
-                let _ = sender.send(Message::Whole(*weight));
-            }
-        }
-    }
-
     /// The lane of that number; every thread has a number below the lanes.
     fn lane(&self, number: usize) -> Result<&Lane> {
         let lane = self.equipment.lanes.get(number);
@@ -275,50 +283,53 @@ impl Shared {
     }
 
     /// Starts a chunk on its way from a slot.
-    fn send(
+    fn send(&self, lane: &Lane, number: usize, slot: &mut [u8], chunk: &Chunk) -> Result<()> {
+        let (head, len) = ((chunk.start % PAGE) as usize, chunk.nbytes() as usize);
+        if chunk.is_staged() {
+            return self.stage(lane, number, slot, head, len, |table| {
+                self.schedule.pieces(chunk, &self.residents, table)
+            });
+        }
+        for part in self.schedule.parts(chunk) {
+            let from = head + part.from as usize;
+            let bytes = &slot[from..from + part.nbytes as usize];
+            let to = self.residents[part.weight as usize].ptr + part.at;
+            // SAFETY: the schedule keeps destinations within the arena and apart; the slot is not touched before its
+            // event has passed.
+            unsafe { lane.stream.copy_htod(to, bytes)? };
+        }
+        Ok(())
+    }
+
+    /// Starts `len` bytes of a slot, which begin `head` into it, on their way by the thread's staging. `fill` writes a table
+    /// of the pieces that they are moved by, which goes with them.
+    fn stage(
         &self,
         lane: &Lane,
-        lane_number: usize,
+        number: usize,
         slot: &mut [u8],
         head: usize,
-        how: &How,
         len: usize,
+        fill: impl FnOnce(&mut [Piece]) -> Result<usize>,
     ) -> Result<()> {
-        match how {
-            How::Copies(copies) => {
-                for copy in copies {
-                    let from = head + copy.from as usize;
-                    let bytes = &slot[from..from + copy.nbytes as usize];
-                    // SAFETY: the schedule keeps destinations within the arena and apart; the slot is not touched
-                    // before its event has passed.
-                    unsafe { lane.stream.copy_htod(copy.to, bytes)? };
-                }
-                Ok(())
-            }
-            How::Staged(pieces) => {
-                let staging = self
-                    .staging
-                    .as_ref()
-                    .ok_or_else(|| Error::internal(crate::NAME, "a staged chunk without staging"))?;
-                let at = staging.ptr() + lane_number as u64 * STAGING_BYTES;
-                let table_at = (head + len).next_multiple_of(64);
-                let table: &[u8] = bytemuck::cast_slice(pieces);
-                let end = table_at + table.len();
-                if end as u64 > STAGING_BYTES || pieces.len() > MAX_PIECES {
-                    return Err(Error::internal(crate::NAME, "a staged chunk that does not fit"));
-                }
-                slot[table_at..end].copy_from_slice(table);
-                let first = head / 16 * 16;
-                // SAFETY: the staging is this lane's, and its stream orders this copy after the kernel that read it
-                // last; the slot is not touched before its event has passed.
-                unsafe { lane.stream.copy_htod(at + first as u64, &slot[first..end])? };
-                // SAFETY: the pieces' sources are within the chunk; the schedule keeps destinations within the arena
-                // and apart.
-                unsafe {
-                    self.mover
-                        .launch(&lane.stream, pieces, at + table_at as u64, at + head as u64)
-                }
-            }
+        let table_at = (head + len).next_multiple_of(64);
+        let room = slot.get_mut(table_at..table_at + TABLE_BYTES as usize);
+        let (Some(room), true) = (room, number < self.staged_threads) else {
+            return Err(Error::internal(crate::NAME, "a staged chunk that does not fit"));
+        };
+        let table: &mut [Piece] = bytemuck::cast_slice_mut(room);
+        let count = fill(table)?;
+        let launch = self.mover.launch_of(&table[..count])?;
+        let at = self.memory.ptr() + number as u64 * STAGING_BYTES;
+        let first = head / 16 * 16;
+        let bytes = &slot[first..table_at + count * size_of::<Piece>()];
+        // SAFETY: the staging is this thread's, and its stream orders this copy after the kernel that read it last; the slot
+        // is not touched before its event has passed.
+        unsafe { lane.stream.copy_htod(at + first as u64, bytes)? };
+        // SAFETY: the pieces' sources are within the chunk; the schedule keeps destinations within the arena and apart.
+        unsafe {
+            self.mover
+                .launch(&lane.stream, launch, at + table_at as u64, at + head as u64)
         }
     }
 
@@ -332,13 +343,16 @@ impl Shared {
             let side = turn % SLOTS;
             if let Some(before) = held[side].take() {
                 lane.events[side].synchronize()?;
-                self.arrive(&self.chunks[before].arrivals, sender);
+                // Nobody listens any more once the load has failed.
+                let _ = sender.send(Message::Arrived(before));
             }
             if self.stopped() {
                 break;
             }
             let next = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(chunk) = self.chunks.get(next) else { break };
+            let Some(chunk) = self.schedule.chunks.get(next) else {
+                break;
+            };
             self.in_hand[number].store(next + 1, Ordering::Relaxed);
             // SAFETY: the slot is this thread's, and the copy from it has passed.
             let slot = unsafe { ring.slot(number, side) };
@@ -355,8 +369,7 @@ impl Shared {
             }
             // Its page locking is waited for only now: the bytes are there.
             let locked = ring.lock(&self.context, number);
-            let head = (chunk.start % PAGE) as usize;
-            self.send(lane, number, slot, head, &chunk.how, chunk.nbytes() as usize)?;
+            self.send(lane, number, slot, chunk)?;
             lane.events[side].record(&lane.stream)?;
             held[side] = Some(next);
             if !locked && ring.locked_bytes() > 0 {
@@ -373,7 +386,7 @@ impl Shared {
         left.sort_unstable();
         for (chunk, side) in left {
             lane.events[side].synchronize()?;
-            self.arrive(&self.chunks[chunk].arrivals, sender);
+            let _ = sender.send(Message::Arrived(chunk));
         }
         Ok(())
     }
@@ -395,6 +408,10 @@ struct Load<'a> {
     residency: &'a Residency,
     watch: &'a dyn LoadWatch,
     finisher: Finisher,
+    /// Canonical bytes of each weight that have not arrived.
+    missing: Vec<u64>,
+    /// Canonical bytes that have arrived.
+    arrived: u64,
     /// Each weight's place in the order of arrival.
     ranks: Vec<u32>,
     /// Ranks of weights that are whole and wait for what follows.
@@ -406,8 +423,30 @@ struct Load<'a> {
 }
 
 impl Load<'_> {
-    /// Takes note of a message; starts what follows once enough is whole.
-    fn whole(&mut self, weight: u32) -> Result<()> {
+    /// Takes note of a message.
+    fn note(&mut self, message: &Message) -> Result<()> {
+        let Message::Arrived(number) = message else {
+            return Ok(());
+        };
+        let shared = Arc::clone(&self.shared);
+        let chunk = shared.schedule.chunks.get(*number);
+        let chunk = chunk.ok_or_else(|| Error::internal(crate::NAME, "a chunk that nobody planned"))?;
+        shared
+            .schedule
+            .arrivals(chunk)
+            .try_for_each(|(weight, nbytes)| self.arrive(weight, nbytes))
+    }
+
+    /// Counts canonical bytes of a weight that have arrived; starts what follows once enough is whole.
+    fn arrive(&mut self, weight: u32, nbytes: u64) -> Result<()> {
+        let missing = &mut self.missing[weight as usize];
+        *missing = missing
+            .checked_sub(nbytes)
+            .ok_or_else(|| Error::internal(crate::NAME, "bytes of a weight that is whole"))?;
+        self.arrived += nbytes;
+        if *missing > 0 {
+            return Ok(());
+        }
         self.waiting.push(self.ranks[weight as usize]);
         self.waiting_bytes += self.residency.weights[weight as usize].nbytes;
         if self.waiting_bytes >= FINISH_BYTES || self.waiting.len() >= FINISH_WEIGHTS {
@@ -426,7 +465,7 @@ impl Load<'_> {
 
     /// Reports progress; looks for a cancel and for reads that stand still.
     fn look_around(&mut self) -> Result<()> {
-        let arrived = self.shared.arrived.load(Ordering::Relaxed);
+        let arrived = self.arrived;
         self.watch.progress(Progress {
             phase: Phase::Upload,
             weight: None,
@@ -451,7 +490,12 @@ impl Load<'_> {
             .shared
             .in_hand
             .iter()
-            .filter_map(|h| self.shared.chunks.get(h.load(Ordering::Relaxed).wrapping_sub(1)))
+            .filter_map(|h| {
+                self.shared
+                    .schedule
+                    .chunks
+                    .get(h.load(Ordering::Relaxed).wrapping_sub(1))
+            })
             .min_by_key(|chunk| (chunk.file, chunk.start));
         let (file, offset, len) = match stuck {
             Some(chunk) => (
@@ -484,8 +528,8 @@ impl Load<'_> {
         let mut looked = Instant::now();
         while threads > 0 {
             match receiver.recv_timeout(TICK) {
-                Ok(Message::Whole(weight)) => self.whole(weight)?,
                 Ok(Message::Ended) => threads -= 1,
+                Ok(message) => self.note(&message)?,
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
             }
             if looked.elapsed() >= TICK {
@@ -499,14 +543,10 @@ impl Load<'_> {
     /// Finishes what is left once all has arrived, and demands that it has, and that all of it are numbers.
     fn finish(&mut self) -> Result<()> {
         self.finish_waiting()?;
-        let missing = &self.shared.missing;
-        if let Some(short) = missing.iter().position(|m| m.load(Ordering::Acquire) != 0) {
+        if let Some(short) = self.missing.iter().position(|missing| *missing != 0) {
             return Err(Error::internal(
                 crate::NAME,
-                format!(
-                    "`{}` is not whole after the load",
-                    self.residency.weights[short].name
-                ),
+                format!("`{}` is not whole after the load", self.residency.names.at(short)),
             ));
         }
         self.finisher
@@ -519,7 +559,6 @@ impl Load<'_> {
         weights: &[WeightId],
         source: &dyn WeightSource,
         number: usize,
-        sender: &Sender<Message>,
     ) -> Result<()> {
         let shared = Arc::clone(&self.shared);
         let (lane, ring) = (shared.lane(number)?, &shared.equipment.ring);
@@ -528,7 +567,7 @@ impl Load<'_> {
             let plan = self.plan.weight(*id)?;
             // Whole elements and blocks; few enough matrices for the table.
             let granule = plan.granule();
-            let mut step = (STAGED_BYTES / granule).max(1) * granule;
+            let mut step = (STEP_BYTES / granule).max(1) * granule;
             if weight.layout == FloatLayout::InOut {
                 step = step.min((MAX_PIECES as u64 / 3 - 2) * weight.matrix_bytes());
             }
@@ -543,18 +582,23 @@ impl Load<'_> {
                 let slot = unsafe { ring.slot(number, 0) };
                 source.read_at(*id, offset, &mut slot[..len as usize])?;
                 shared.read[Path::Cache as usize].fetch_add(len, Ordering::Relaxed);
-                let how = if weight.layout == FloatLayout::InOut {
-                    How::Staged(transposing_pieces(weight, offset, len, 0))
+                if weight.layout == FloatLayout::InOut {
+                    shared.stage(lane, number, slot, 0, len as usize, |table| {
+                        let pieces = transposing_pieces(weight, offset, len, 0);
+                        let room = table.get_mut(..pieces.len());
+                        room.ok_or_else(schedule::too_many_pieces)?
+                            .copy_from_slice(&pieces);
+                        Ok(pieces.len())
+                    })?;
                 } else {
-                    How::Copies(vec![schedule::Copy {
-                        from: 0,
-                        to: weight.ptr + offset,
-                        nbytes: len,
-                    }])
-                };
-                shared.send(lane, number, slot, 0, &how, len as usize)?;
+                    // SAFETY: the range is within the weight; the stream is waited for below.
+                    unsafe {
+                        lane.stream
+                            .copy_htod(weight.ptr + offset, &slot[..len as usize])?
+                    };
+                }
                 lane.stream.synchronize()?;
-                shared.arrive(&[(id.0, len)], sender);
+                self.arrive(id.0, len)?;
                 offset += len;
                 self.look_around()?;
             }
@@ -594,10 +638,15 @@ impl Remains {
             locking,
             equipment,
         } = self;
-        drop((shared, finisher));
+        drop(finisher);
+        let desk = shared
+            .and_then(Arc::into_inner)
+            .map(|shared| shared.schedule.into_desk());
         // A panic there has been printed, and left nothing to do here.
         let _ = locking.map(JoinHandle::join);
-        Equipment::idle(equipment)
+        let mut equipment = Equipment::idle(equipment)?;
+        equipment.desk = desk.unwrap_or_default();
+        Some(equipment)
     }
 }
 
@@ -605,14 +654,15 @@ impl Remains {
 ///
 /// # Errors
 /// [`Error::SourceIo`], [`Error::OutOfMemory`], [`Error::NonFiniteWeight`], [`Error::Cancelled`], [`Error::DeviceLost`].
-pub(crate) fn run(job: Job<'_>, equipment: Equipment) -> (Result<Notes>, Option<Remains>) {
+pub(crate) fn run(job: Job<'_>, mut equipment: Equipment) -> (Result<Notes>, Option<Remains>) {
+    let desk = std::mem::take(&mut equipment.desk);
     let mut remains = Remains {
         shared: None,
         finisher: None,
         locking: None,
         equipment: Arc::new(equipment),
     };
-    let loaded = load(job, &mut remains);
+    let loaded = load(job, desk, &mut remains);
     if loaded.is_err()
         // What is in flight must have ended before memory is given back, and before a slot is used again.
         && let Err(lost) = remains.equipment.settle()
@@ -624,7 +674,7 @@ pub(crate) fn run(job: Job<'_>, equipment: Equipment) -> (Result<Notes>, Option<
 }
 
 /// The whole of it, but for waiting for what is in flight after an error.
-fn load(job: Job<'_>, remains: &mut Remains) -> Result<Notes> {
+fn load(job: Job<'_>, desk: Desk, remains: &mut Remains) -> Result<Notes> {
     let Job {
         context,
         modules,
@@ -639,11 +689,7 @@ fn load(job: Job<'_>, remains: &mut Remains) -> Result<Notes> {
     }
     let started = Instant::now();
     let equipment = Arc::clone(&remains.equipment);
-    let Schedule {
-        mut chunks,
-        mut through_source,
-        order,
-    } = schedule::schedule(plan, &residency.weights, source.files())?;
+    let mut schedule = schedule::schedule(plan, &residency.weights, source.files(), desk)?;
     let inputs: Vec<Option<Input>> = source
         .files()
         .iter()
@@ -652,48 +698,50 @@ fn load(job: Job<'_>, remains: &mut Remains) -> Result<Notes> {
         .collect();
     // A file that can be read in no other way than through the source.
     let readable = |chunk: &Chunk| inputs.get(chunk.file as usize).is_some_and(Option::is_some);
-    if !chunks.iter().all(readable) {
-        chunks.clear();
-        through_source = order.iter().map(|w| WeightId(*w)).collect();
+    if !schedule.chunks.iter().all(readable) {
+        schedule.chunks.clear();
+        schedule.through_source = (0..).map(WeightId).take(plan.weights.len()).collect();
     }
-    let mut ranks = vec![0; order.len()];
-    for (rank, weight) in order.iter().enumerate() {
-        ranks[*weight as usize] = rank as u32;
-    }
-    let staged = chunks.iter().filter(|c| matches!(c.how, How::Staged(_))).count();
+    let staged = schedule.chunks.iter().filter(|c| c.is_staged()).count();
     let transposed = residency.weights.iter().any(|w| w.layout == FloatLayout::InOut);
     let lanes = equipment.lanes.len();
-    let staging = if staged > 0 || (transposed && !through_source.is_empty()) {
-        Some(DeviceBuffer::new(
-            context,
-            "staging of small tensors",
-            lanes as u64 * STAGING_BYTES,
-        )?)
+    // The last lane is the calling thread's.
+    let readers = lanes.saturating_sub(1);
+    let staged_threads = if transposed && !schedule.through_source.is_empty() {
+        lanes
+    } else if staged > 0 {
+        readers.min(schedule.chunks.len())
     } else {
-        None
+        0
     };
-    let counts = (chunks.len() - staged, staged, through_source.len());
+    // One allocation, before the driver is busy locking memory.
+    let staging = staged_threads as u64 * STAGING_BYTES;
+    let memory = DeviceBuffer::new(
+        context,
+        "staging of small tensors and tables of a load",
+        staging + finish_bytes(&residency.weights),
+    )?;
+    let memory = Arc::new(memory);
+    let counts = (
+        schedule.chunks.len() - staged,
+        staged,
+        schedule.through_source.len(),
+    );
     let direct_possible = inputs.iter().flatten().any(Input::is_direct);
     let prepared = started.elapsed();
 
-    // The last lane is the calling thread's.
-    let readers = lanes.saturating_sub(1);
     let shared = Arc::new(Shared {
         context: Arc::clone(context),
         inputs,
-        chunks,
+        schedule,
+        residents: Arc::clone(&residency.weights),
         next: AtomicUsize::new(0),
         stop: AtomicBool::new(false),
         error: Mutex::new(None),
-        missing: residency
-            .weights
-            .iter()
-            .map(|w| AtomicU64::new(w.nbytes))
-            .collect(),
-        arrived: AtomicU64::new(0),
         read: Default::default(),
         mover: Mover::new(modules)?,
-        staging,
+        memory: Arc::clone(&memory),
+        staged_threads,
         equipment: Arc::clone(&equipment),
         _arena: Arc::clone(&residency.arena),
         in_hand: (0..lanes).map(|_| AtomicUsize::new(0)).collect(),
@@ -703,9 +751,14 @@ fn load(job: Job<'_>, remains: &mut Remains) -> Result<Notes> {
     // Only now: locking takes milliseconds, the driver does one thing at a time, and allocations would wait for it.
     remains.locking = lock_ahead(&equipment.ring, context);
     let threads = start_readers(&shared, readers, &sender);
-    // While they read: the driver is busy locking their lanes.
-    let finishing = &equipment.finishing;
-    let finisher = match Finisher::new(context, modules, finishing, residency, &order) {
+    // While they read: what there is to do for each weight.
+    let order = shared.schedule.order(residency.weights.len());
+    let mut ranks = vec![0; order.len()];
+    for (rank, weight) in order.iter().enumerate() {
+        ranks[*weight as usize] = rank as u32;
+    }
+    let (finishing, tables) = (&equipment.finishing, memory.ptr() + staging);
+    let finisher = match Finisher::new(modules, finishing, residency, &order, memory, tables) {
         Ok(finisher) => finisher,
         Err(error) => {
             shared.fail(error);
@@ -719,20 +772,22 @@ fn load(job: Job<'_>, remains: &mut Remains) -> Result<Notes> {
         residency,
         watch,
         finisher,
+        missing: residency.weights.iter().map(|w| w.nbytes).collect(),
+        arrived: 0,
         ranks,
         waiting: Vec::new(),
         waiting_bytes: 0,
         last: (Instant::now(), 0),
         longest_pause: Duration::ZERO,
     };
-    let outcome = if threads.is_empty() && !shared.chunks.is_empty() {
-        // A system without threads: this one does it all.
-        let read = shared.read_chunks(readers, &sender);
+    let outcome = if threads.is_empty() && !shared.schedule.chunks.is_empty() {
+        // A system without threads: this one does it all, in the place of the first.
+        let read = shared.read_chunks(0, &sender);
         drain(&mut load, &receiver).and(read)
     } else {
         Ok(())
     }
-    .and_then(|()| load.read_through_source(&through_source, source, readers, &sender))
+    .and_then(|()| load.read_through_source(&shared.schedule.through_source, source, readers))
     .and_then(|()| load.listen(&receiver, threads.len()))
     .and_then(|()| drain(&mut load, &receiver));
     if let Err(error) = outcome {
@@ -808,16 +863,14 @@ fn load(job: Job<'_>, remains: &mut Remains) -> Result<Notes> {
 /// Takes what is already there.
 fn drain(load: &mut Load<'_>, receiver: &Receiver<Message>) -> Result<()> {
     while let Ok(message) = receiver.try_recv() {
-        if let Message::Whole(weight) = message {
-            load.whole(weight)?;
-        }
+        load.note(&message)?;
     }
     Ok(())
 }
 
 /// Starts a thread for each of `readers` lanes; one that cannot be started is one fewer.
 fn start_readers(shared: &Arc<Shared>, readers: usize, sender: &Sender<Message>) -> Vec<JoinHandle<()>> {
-    (0..readers.min(shared.chunks.len()))
+    (0..readers.min(shared.schedule.chunks.len()))
         .filter_map(|number| {
             let (shared, sender) = (Arc::clone(shared), sender.clone());
             std::thread::Builder::new()

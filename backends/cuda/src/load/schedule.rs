@@ -3,13 +3,16 @@
 //! Chunks follow the bytes of the files, never tensors: neighbouring tensors share a chunk. A chunk of a few whole runs is
 //! copied to their places at once; one of many small tensors, or of values that change, goes to a staging buffer on the
 //! device together with a table of pieces, which a kernel then moves.
+//!
+//! Nothing is read before the schedule is there, so that it holds no more than the sorted runs and where they are cut:
+//! each reader makes the table of the chunk in its hands.
 
 use hoist_backend::{
     Encoding, Error, FloatLayout, LoadPlan, Result, SourceFile, SourceView, ValueChange, WeightId, WeightPlan,
 };
 
 use crate::layout::{element_bytes, transposing_pieces};
-use crate::residency::Resident;
+use crate::residency::{Resident, TOUCHED_WEIGHTS};
 use crate::tables::{ADD_ONE, Piece, PieceKind};
 
 /// Pages that direct I/O reads; offsets in the file and in the ring agree modulo this.
@@ -18,9 +21,11 @@ pub(crate) const PAGE: u64 = 4096;
 /// rate of the largest ones. (One slot of 8 MiB a thread instead of two of these was slower on an H100: 37 to 40 GB/s for
 /// 45.)
 pub(crate) const CHUNK_BYTES: u64 = (4 << 20) - 2 * PAGE - TABLE_BYTES;
-/// Most bytes of a chunk that is staged on the device, so that all threads' staging stays below 50 MiB.
-pub(crate) const STAGED_BYTES: u64 = 3 << 20;
-/// Most pieces of a staged chunk: small tensors of 3 KiB still fill it.
+/// Bytes that chunks shrink to where readers end.
+const LAST_CHUNK_BYTES: u64 = 1 << 20;
+/// Most bytes that are read through the source at a time.
+pub(crate) const STEP_BYTES: u64 = 3 << 20;
+/// Most pieces of a staged chunk: small tensors of 4 KiB still fill it.
 pub(crate) const MAX_PIECES: usize = 1024;
 /// Bytes of a table of pieces.
 pub(crate) const TABLE_BYTES: u64 = (MAX_PIECES * size_of::<Piece>()) as u64;
@@ -33,68 +38,176 @@ const MIN_ROW_RUN: u64 = 512;
 /// Most matrices of a transposed weight in one chunk: three pieces each.
 const MAX_MATRICES: u64 = 256;
 
-/// Contiguous bytes of a chunk that go to their place as they are.
+/// What becomes of a run's bytes on their way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Copy {
-    /// From the chunk's first byte.
-    pub(crate) from: u64,
-    /// Device address.
-    pub(crate) to: u64,
-    pub(crate) nbytes: u64,
+enum Way {
+    /// They stay as they are.
+    Kept,
+    /// Values of `from` bytes become values of 4: the kernel's kind.
+    Changed { kind: u32, from: u8 },
+    /// Values of so many bytes change places.
+    Transposed { element: u8 },
 }
 
-/// How a chunk's bytes get to their places.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum How {
-    /// Copied there.
-    Copies(Vec<Copy>),
-    /// Staged, then moved by a kernel; `from` counts from the chunk's first byte.
-    Staged(Vec<Piece>),
+impl Way {
+    /// Canonical bytes for so many source bytes.
+    fn canonical(self, source: u64) -> u64 {
+        match self {
+            Way::Changed { from, .. } => source / u64::from(from) * 4,
+            Way::Kept | Way::Transposed { .. } => source,
+        }
+    }
+
+    /// Source bytes that are not cut.
+    fn element(self) -> u64 {
+        match self {
+            Way::Kept => 1,
+            Way::Changed { from, .. } => from.into(),
+            Way::Transposed { element } => element.into(),
+        }
+    }
+}
+
+/// Contiguous source bytes of one weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    file: u32,
+    weight: u32,
+    offset: u64,
+    nbytes: u64,
+    /// Canonical bytes before it.
+    at: u64,
+    way: Way,
+}
+
+/// What is in a chunk, and how it gets to its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum What {
+    /// Runs that are copied to their places.
+    Copied(Runs),
+    /// Runs that are staged, then moved by a kernel.
+    Staged(Runs),
+    /// Lines of a view of single values with gaps, staged too: an index into [`Schedule::strided`].
+    Strided(u32),
+}
+
+/// Neighbouring runs, as many of their bytes as lie in a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Runs {
+    first: u32,
+    count: u32,
+    /// Bytes of the first that lie in chunks before.
+    skipped: u64,
 }
 
 /// Bytes `start..end` of a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Chunk {
     pub(crate) file: u32,
     pub(crate) start: u64,
     pub(crate) end: u64,
-    pub(crate) how: How,
-    /// Canonical bytes of weights that are in place once it has arrived.
-    pub(crate) arrivals: Vec<(u32, u64)>,
+    pub(crate) what: What,
 }
 
 impl Chunk {
     pub(crate) fn nbytes(&self) -> u64 {
         self.end - self.start
     }
+
+    pub(crate) fn is_staged(&self) -> bool {
+        !matches!(self.what, What::Copied(_))
+    }
+}
+
+/// The piece of a strided chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Strided {
+    weight: u32,
+    /// Canonical bytes it yields.
+    nbytes: u64,
+    piece: Piece,
+}
+
+/// Part of a run: what one chunk holds of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) weight: u32,
+    /// From the chunk's first byte.
+    pub(crate) from: u64,
+    pub(crate) nbytes: u64,
+    /// Canonical bytes before it.
+    pub(crate) at: u64,
+    way: Way,
+}
+
+impl Part {
+    /// Canonical bytes that it yields.
+    pub(crate) fn canonical(&self) -> u64 {
+        self.way.canonical(self.nbytes)
+    }
+}
+
+/// Memory of the host that a schedule is made in, kept from load to load: see [`crate::residency::Books`].
+#[derive(Debug, Default)]
+pub(crate) struct Desk {
+    /// In the order of the plan.
+    planned: Vec<Run>,
+    /// In the order of the files.
+    sorted: Vec<Run>,
+    /// File, offset and number of each planned run.
+    keys: Vec<u128>,
+}
+
+impl Desk {
+    /// Memory that has been touched.
+    pub(crate) fn touched() -> Self {
+        let nothing = Run {
+            file: 0,
+            weight: 0,
+            offset: 0,
+            nbytes: 0,
+            at: 0,
+            way: Way::Kept,
+        };
+        let mut desk = Self {
+            planned: vec![nothing; TOUCHED_WEIGHTS],
+            sorted: vec![nothing; TOUCHED_WEIGHTS],
+            keys: vec![1; TOUCHED_WEIGHTS],
+        };
+        desk.clear();
+        desk
+    }
+
+    fn clear(&mut self) {
+        self.planned.clear();
+        self.sorted.clear();
+        self.keys.clear();
+    }
+
+    /// Puts the planned runs into the order of the files.
+    fn sort(&mut self) -> Result<()> {
+        // Keys are sorted several times as fast as runs.
+        for (number, run) in self.planned.iter().enumerate() {
+            let number: u32 = small(number as u64)?;
+            self.keys
+                .push(u128::from(run.file) << 96 | u128::from(run.offset) << 32 | u128::from(number));
+        }
+        self.keys.sort_unstable();
+        let runs = self.keys.iter().map(|key| self.planned[*key as u32 as usize]);
+        self.sorted.extend(runs);
+        Ok(())
+    }
 }
 
 /// Everything that is read.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Schedule {
     /// In the order of the files.
     pub(crate) chunks: Vec<Chunk>,
+    desk: Desk,
+    strided: Vec<Strided>,
     /// Weights that only the source can read: views that no rule here covers.
     pub(crate) through_source: Vec<WeightId>,
-    /// Weights in the order in which they become whole, about.
-    pub(crate) order: Vec<u32>,
-}
-
-/// Contiguous source bytes of one weight.
-#[derive(Clone, Copy, Debug)]
-struct Run {
-    file: u32,
-    offset: u64,
-    nbytes: u64,
-    weight: u32,
-    /// Canonical bytes before it.
-    at: u64,
-}
-
-fn source_element(plan: &WeightPlan) -> u64 {
-    plan.change
-        .source_encoding()
-        .map_or(plan.granule(), Encoding::block_bytes)
 }
 
 /// The kernel's kind for values that change; `None` if they do not.
@@ -123,30 +236,146 @@ fn canonical_bytes(plan: &WeightPlan, source: u64) -> u64 {
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a view of a file that is not there, or past its end.
-pub(crate) fn schedule(plan: &LoadPlan, residents: &[Resident], files: &[SourceFile]) -> Result<Schedule> {
-    let mut runs = Vec::new();
+pub(crate) fn schedule(
+    plan: &LoadPlan,
+    residents: &[Resident],
+    files: &[SourceFile],
+    mut desk: Desk,
+) -> Result<Schedule> {
+    desk.clear();
     let mut schedule = Schedule::default();
     for (weight, resident) in plan.weights.iter().zip(residents) {
         check_views(weight, files)?;
-        let before = (runs.len(), schedule.chunks.len());
-        if !add_weight(weight, resident, &mut runs, &mut schedule.chunks) {
-            runs.truncate(before.0);
+        let before = (desk.planned.len(), schedule.chunks.len(), schedule.strided.len());
+        if !add_weight(weight, resident, &mut desk.planned, &mut schedule)? {
+            desk.planned.truncate(before.0);
             schedule.chunks.truncate(before.1);
+            schedule.strided.truncate(before.2);
             schedule.through_source.push(weight.id);
         }
     }
-    runs.sort_by_key(|run| (run.file, run.offset));
-    pack(plan, residents, &runs, &mut schedule.chunks)?;
-    schedule.chunks.sort_by_key(|chunk| (chunk.file, chunk.start));
+    desk.sort()?;
+    let strided = !schedule.chunks.is_empty();
+    pack(residents, &desk.sorted, &mut schedule.chunks)?;
+    if strided {
+        schedule.chunks.sort_by_key(|chunk| (chunk.file, chunk.start));
+    }
+    schedule.desk = desk;
+    Ok(schedule)
+}
 
-    let mut seen = vec![false; plan.weights.len()];
-    let arrivals = schedule.chunks.iter().flat_map(|c| &c.arrivals).map(|(w, _)| *w);
-    for weight in arrivals.chain(schedule.through_source.iter().map(|w| w.0)) {
-        if !std::mem::replace(&mut seen[weight as usize], true) {
-            schedule.order.push(weight);
+impl Schedule {
+    /// The parts of runs in a chunk; none of a strided one.
+    pub(crate) fn parts(&self, chunk: &Chunk) -> impl Iterator<Item = Part> + '_ {
+        let (Chunk { start, end, .. }, runs) = (*chunk, chunk.runs());
+        let first = runs.first as usize;
+        let cut = self
+            .desk
+            .sorted
+            .get(first..first + runs.count as usize)
+            .unwrap_or(&[]);
+        cut.iter().enumerate().map(move |(i, run)| {
+            let done = if i == 0 { runs.skipped } else { 0 };
+            let from = run.offset + done - start;
+            Part {
+                weight: run.weight,
+                from,
+                nbytes: (run.nbytes - done).min(end - start - from),
+                at: run.at + run.way.canonical(done),
+                way: run.way,
+            }
+        })
+    }
+
+    /// Canonical bytes of weights that are in place once a chunk has arrived.
+    pub(crate) fn arrivals(&self, chunk: &Chunk) -> impl Iterator<Item = (u32, u64)> + '_ {
+        let strided = match chunk.what {
+            What::Strided(index) => self.strided.get(index as usize).map(|s| (s.weight, s.nbytes)),
+            What::Copied(_) | What::Staged(_) => None,
+        };
+        let parts = self.parts(chunk).map(|part| (part.weight, part.canonical()));
+        parts.chain(strided)
+    }
+
+    /// Writes a staged chunk's pieces, which count from its first byte; how many there are.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if there is no room for them.
+    pub(crate) fn pieces(&self, chunk: &Chunk, residents: &[Resident], out: &mut [Piece]) -> Result<usize> {
+        let mut count = 0;
+        let mut push = |piece| {
+            let place = out.get_mut(count).ok_or_else(too_many_pieces)?;
+            *place = piece;
+            count += 1;
+            Ok::<_, Error>(())
+        };
+        if let What::Strided(index) = chunk.what {
+            let strided = self.strided.get(index as usize).ok_or_else(too_many_pieces)?;
+            push(strided.piece)?;
+        }
+        for part in self.parts(chunk) {
+            let resident = &residents[part.weight as usize];
+            let to = resident.ptr + part.at;
+            match part.way {
+                Way::Kept => push(Piece::bytes(part.from, to, part.nbytes as u32))?,
+                Way::Changed { kind, from } => push(Piece {
+                    from: part.from,
+                    from_row: 0,
+                    from_col: from.into(),
+                    to,
+                    to_row: 0,
+                    to_col: element_bytes(resident.encoding),
+                    rows: 1,
+                    cols: (part.nbytes / u64::from(from)) as u32,
+                    kind,
+                    pad: 0,
+                })?,
+                Way::Transposed { .. } => transposing_pieces(resident, part.at, part.nbytes, part.from)
+                    .into_iter()
+                    .try_for_each(&mut push)?,
+            }
+        }
+        Ok(count)
+    }
+
+    /// The memory it was made in.
+    pub(crate) fn into_desk(self) -> Desk {
+        self.desk
+    }
+
+    /// The `weights` weights in the order in which they become whole, about.
+    pub(crate) fn order(&self, weights: usize) -> Vec<u32> {
+        let mut seen = vec![false; weights];
+        let mut order = Vec::with_capacity(weights);
+        let through_source = self.through_source.iter().map(|w| w.0);
+        let arriving = self
+            .chunks
+            .iter()
+            .flat_map(|chunk| self.arrivals(chunk).map(|(weight, _)| weight));
+        for weight in arriving.chain(through_source) {
+            if !std::mem::replace(&mut seen[weight as usize], true) {
+                order.push(weight);
+            }
+        }
+        order
+    }
+}
+
+impl Chunk {
+    fn runs(&self) -> Runs {
+        match self.what {
+            What::Copied(runs) | What::Staged(runs) => runs,
+            What::Strided(_) => Runs {
+                first: 0,
+                count: 0,
+                skipped: 0,
+            },
         }
     }
-    Ok(schedule)
+}
+
+pub(super) fn too_many_pieces() -> Error {
+    Error::internal(crate::NAME, "a chunk of too many pieces")
 }
 
 fn check_views(weight: &WeightPlan, files: &[SourceFile]) -> Result<()> {
@@ -191,43 +420,60 @@ fn add_weight(
     weight: &WeightPlan,
     resident: &Resident,
     runs: &mut Vec<Run>,
-    chunks: &mut Vec<Chunk>,
-) -> bool {
-    let changes = change_kind(weight).is_some();
-    if changes && resident.layout == FloatLayout::InOut {
-        return false;
-    }
-    let element = source_element(weight);
+    schedule: &mut Schedule,
+) -> Result<bool> {
+    let way = match change_kind(weight) {
+        Some(_) if resident.layout == FloatLayout::InOut => return Ok(false),
+        Some(kind) => Way::Changed {
+            kind,
+            from: small(source_element(weight))?,
+        },
+        None if resident.layout == FloatLayout::InOut => Way::Transposed {
+            element: small(source_element(weight))?,
+        },
+        None => Way::Kept,
+    };
     let mut at = 0;
     for view in &weight.views {
         let mut run = |offset, nbytes, at| {
             runs.push(Run {
                 file: view.file,
+                weight: weight.id.0,
                 offset,
                 nbytes,
-                weight: weight.id.0,
                 at,
+                way,
             });
         };
         let row_bytes = view.cols * view.unit;
         let rows_are_runs = view.cols == 1 || view.col_stride == view.unit;
         if let Some((offset, nbytes)) = view.as_contiguous() {
             // A run is cut between elements, wherever it starts.
-            if (changes || resident.layout == FloatLayout::InOut) && nbytes % element != 0 {
-                return false;
+            if nbytes % way.element() != 0 {
+                return Ok(false);
             }
             run(offset, nbytes, at);
-        } else if rows_are_runs && row_bytes >= MIN_ROW_RUN && row_bytes % element == 0 {
+        } else if rows_are_runs && row_bytes >= MIN_ROW_RUN && row_bytes % source_element(weight) == 0 {
             for r in 0..view.rows {
                 let before = canonical_bytes(weight, r * row_bytes);
                 run(view.offset + r * view.row_stride, row_bytes, at + before);
             }
-        } else if !add_strided(weight, resident, view, at, chunks) {
-            return false;
+        } else if !add_strided(weight, resident, view, at, schedule)? {
+            return Ok(false);
         }
         at += canonical_bytes(weight, view.nbytes());
     }
-    true
+    Ok(true)
+}
+
+fn source_element(plan: &WeightPlan) -> u64 {
+    plan.change
+        .source_encoding()
+        .map_or(plan.granule(), Encoding::block_bytes)
+}
+
+fn small<T: TryFrom<u64>>(n: u64) -> Result<T> {
+    T::try_from(n).map_err(|_| Error::internal(crate::NAME, format!("{n} is too many for a schedule")))
 }
 
 /// Chunks of a view of single elements with gaps: whole lines along its larger stride.
@@ -236,17 +482,17 @@ fn add_strided(
     resident: &Resident,
     view: &SourceView,
     at: u64,
-    chunks: &mut Vec<Chunk>,
-) -> bool {
+    schedule: &mut Schedule,
+) -> Result<bool> {
     let element = source_element(weight);
     let to_element = weight.encoding.block_bytes();
     if !weight.encoding.is_float() || view.unit != element {
-        return false;
+        return Ok(false);
     }
     let whole = weight.views.len() == 1 && weight.shape.matrices == 1;
     let fits = view.rows == weight.shape.rows && view.cols == weight.shape.cols;
     if resident.layout == FloatLayout::InOut && !(whole && fits) {
-        return false;
+        return Ok(false);
     }
     let kind = change_kind(weight).unwrap_or(if element == 2 {
         PieceKind::Unit2 as u32
@@ -260,11 +506,11 @@ fn add_strided(
         (view.rows, view.row_stride, view.cols, view.col_stride)
     };
     let span = (along - 1) * along_stride + view.unit;
-    if span > STAGED_BYTES || view.rows > u64::from(u32::MAX) || view.cols > u64::from(u32::MAX) {
-        return false;
+    if span > CHUNK_BYTES || view.rows > u64::from(u32::MAX) || view.cols > u64::from(u32::MAX) {
+        return Ok(false);
     }
     // So many that the last one's span still fits.
-    let step = ((STAGED_BYTES - span) / stride.max(1) + 1).min(1 << 20);
+    let step = ((CHUNK_BYTES - span) / stride.max(1) + 1).min(1 << 20);
     let (to_row, to_col) = match resident.layout {
         FloatLayout::OutIn => (view.cols * to_element, to_element),
         FloatLayout::InOut => (to_element, view.rows * to_element),
@@ -278,11 +524,16 @@ fn add_strided(
         } else {
             (n, view.cols, first, 0)
         };
-        chunks.push(Chunk {
+        schedule.chunks.push(Chunk {
             file: view.file,
             start,
             end: start + (n - 1) * stride + span,
-            how: How::Staged(vec![Piece {
+            what: What::Strided(small(schedule.strided.len() as u64)?),
+        });
+        schedule.strided.push(Strided {
+            weight: weight.id.0,
+            nbytes: rows * cols * to_element,
+            piece: Piece {
                 from: 0,
                 from_row: view.row_stride,
                 from_col: view.col_stride,
@@ -293,12 +544,11 @@ fn add_strided(
                 cols: cols as u32,
                 kind,
                 pad: 0,
-            }]),
-            arrivals: vec![(weight.id.0, rows * cols * to_element)],
+            },
         });
         first += n;
     }
-    true
+    Ok(true)
 }
 
 /// A place among the sorted runs.
@@ -309,151 +559,111 @@ struct Cursor {
     done: u64,
 }
 
-/// Part of a run.
-#[derive(Clone, Copy)]
-struct Part {
-    run: Run,
-    done: u64,
-    nbytes: u64,
+/// What is taken into one chunk.
+struct Taken {
+    start: u64,
+    end: u64,
+    runs: usize,
+    /// Whether all of it stays as it is.
+    plain: bool,
+    next: Cursor,
 }
 
-/// Takes what follows the cursor, up to `limit` bytes from the page of its first byte on and `most` parts.
-fn take(
-    plan: &LoadPlan,
-    residents: &[Resident],
-    runs: &[Run],
-    cursor: Cursor,
-    limit: u64,
-    most: usize,
-) -> (Vec<Part>, Cursor) {
-    let mut parts: Vec<Part> = Vec::new();
-    let mut at = cursor;
-    let Some(first) = runs.get(cursor.run) else {
-        return (parts, at);
-    };
+/// Takes what follows the cursor, up to `limit` bytes from the page of its first byte on and `most` pieces; `None` behind the
+/// last run.
+fn take(residents: &[Resident], runs: &[Run], cursor: Cursor, limit: u64, most: usize) -> Option<Taken> {
+    let first = runs.get(cursor.run)?;
     let start = first.offset + cursor.done;
     let limit = start / PAGE * PAGE + limit;
-    let mut end = start;
+    let mut taken = Taken {
+        start,
+        end: start,
+        runs: 0,
+        plain: true,
+        next: cursor,
+    };
     let mut pieces = 0;
-    while let Some(run) = runs.get(at.run) {
-        let position = run.offset + at.done;
+    while let Some(run) = runs.get(taken.next.run) {
+        let position = run.offset + taken.next.done;
+        let end = taken.end;
         if run.file != first.file || position < end || position > end + MAX_GAP || position >= limit {
             break;
         }
-        let left = run.nbytes - at.done;
+        let left = run.nbytes - taken.next.done;
         let mut nbytes = left.min(limit - position);
-        let resident = &residents[run.weight as usize];
-        let weight = &plan.weights[run.weight as usize];
-        let transposed = resident.layout == FloatLayout::InOut;
+        let transposed = matches!(run.way, Way::Transposed { .. });
         pieces += if transposed { 3 * MAX_MATRICES as usize } else { 1 };
-        if !parts.is_empty() && pieces > most {
+        if taken.runs > 0 && pieces > most {
             break;
         }
         if transposed {
-            nbytes = nbytes.min(MAX_MATRICES.saturating_sub(2).max(1) * resident.matrix_bytes());
+            let matrix = residents[run.weight as usize].matrix_bytes();
+            nbytes = nbytes.min(MAX_MATRICES.saturating_sub(2).max(1) * matrix);
         }
-        if nbytes < left && (transposed || change_kind(weight).is_some()) {
-            nbytes -= nbytes % source_element(weight);
+        if nbytes < left {
+            nbytes -= nbytes % run.way.element();
             if nbytes == 0 {
                 break;
             }
         }
-        parts.push(Part {
-            run: *run,
-            done: at.done,
-            nbytes,
-        });
-        end = position + nbytes;
-        at = if nbytes == left {
-            Cursor {
-                run: at.run + 1,
-                done: 0,
-            }
-        } else {
-            Cursor {
-                run: at.run,
-                done: at.done + nbytes,
-            }
-        };
+        taken.runs += 1;
+        taken.plain &= run.way == Way::Kept;
+        taken.end = position + nbytes;
         if nbytes < left {
+            taken.next.done += nbytes;
             break;
         }
+        taken.next = Cursor {
+            run: taken.next.run + 1,
+            done: 0,
+        };
     }
-    (parts, at)
+    Some(taken)
+}
+
+/// Bytes of the chunk that follows `chunks` others and has `left` bytes behind its start.
+///
+/// The first ones are of different sizes, so that copies start soon and the readers do not go in step. The last ones are
+/// small, so that all readers end at about the same time.
+fn limit(chunks: usize, left: u64) -> u64 {
+    const READERS: u64 = super::MAX_THREADS as u64;
+    let early = (chunks as u64 + 1).saturating_mul(CHUNK_BYTES / READERS);
+    let late = (left / (2 * READERS)).max(LAST_CHUNK_BYTES);
+    early.min(late).min(CHUNK_BYTES).next_multiple_of(PAGE)
 }
 
 /// Cuts the sorted runs into chunks.
-fn pack(plan: &LoadPlan, residents: &[Resident], runs: &[Run], chunks: &mut Vec<Chunk>) -> Result<()> {
-    let plain = |part: &Part| {
-        let weight = part.run.weight as usize;
-        residents[weight].layout == FloatLayout::OutIn && change_kind(&plan.weights[weight]).is_none()
-    };
+fn pack(residents: &[Resident], runs: &[Run], chunks: &mut Vec<Chunk>) -> Result<()> {
+    let mut left = runs.iter().fold(0u64, |sum, run| sum.saturating_add(run.nbytes));
     let mut cursor = Cursor { run: 0, done: 0 };
+    let before = chunks.len();
     while cursor.run < runs.len() {
-        let (mut parts, mut next) = take(plan, residents, runs, cursor, CHUNK_BYTES, MAX_COPIES + 1);
-        if parts.len() > MAX_COPIES || !parts.iter().all(plain) {
-            (parts, next) = take(plan, residents, runs, cursor, STAGED_BYTES, MAX_PIECES);
+        let limit = limit(chunks.len() - before, left);
+        let mut taken = take(residents, runs, cursor, limit, MAX_COPIES + 1);
+        let copied = taken.as_ref().is_some_and(|t| t.plain && t.runs <= MAX_COPIES);
+        if !copied {
+            taken = take(residents, runs, cursor, limit, MAX_PIECES);
         }
-        let (Some(first), Some(last)) = (parts.first(), parts.last()) else {
+        let Some(taken) = taken.filter(|t| t.runs > 0) else {
             return Err(Error::internal(crate::NAME, "a run that no chunk takes"));
         };
-        let start = first.run.offset + first.done;
-        let end = last.run.offset + last.done + last.nbytes;
-        let copied = parts.len() <= MAX_COPIES && parts.iter().all(plain);
-        let mut arrivals: Vec<(u32, u64)> = Vec::with_capacity(parts.len());
-        let (mut copies, mut pieces) = (Vec::new(), Vec::new());
-        for part in &parts {
-            let weight = &plan.weights[part.run.weight as usize];
-            let resident = &residents[part.run.weight as usize];
-            let from = part.run.offset + part.done - start;
-            let at = part.run.at + canonical_bytes(weight, part.done);
-            let to = resident.ptr + at;
-            let canonical = canonical_bytes(weight, part.nbytes);
-            match arrivals.last_mut() {
-                Some((w, n)) if *w == weight.id.0 => *n += canonical,
-                _ => arrivals.push((weight.id.0, canonical)),
-            }
-            if copied {
-                copies.push(Copy {
-                    from,
-                    to,
-                    nbytes: part.nbytes,
-                });
-            } else if resident.layout == FloatLayout::InOut {
-                pieces.extend(transposing_pieces(resident, at, canonical, from));
-            } else if let Some(kind) = change_kind(weight) {
-                let element = source_element(weight);
-                pieces.push(Piece {
-                    from,
-                    from_row: 0,
-                    from_col: element,
-                    to,
-                    to_row: 0,
-                    to_col: element_bytes(weight.encoding),
-                    rows: 1,
-                    cols: (part.nbytes / element) as u32,
-                    kind,
-                    pad: 0,
-                });
-            } else {
-                pieces.push(Piece::bytes(from, to, part.nbytes as u32));
-            }
-        }
-        if pieces.len() > MAX_PIECES {
-            return Err(Error::internal(crate::NAME, "a chunk of too many pieces"));
-        }
+        let of = Runs {
+            first: small(cursor.run as u64)?,
+            count: small(taken.runs as u64)?,
+            skipped: cursor.done,
+        };
         chunks.push(Chunk {
-            file: first.run.file,
-            start,
-            end,
-            how: if copied {
-                How::Copies(copies)
+            file: runs[cursor.run].file,
+            start: taken.start,
+            end: taken.end,
+            what: if taken.plain && taken.runs <= MAX_COPIES {
+                What::Copied(of)
             } else {
-                How::Staged(pieces)
+                What::Staged(of)
             },
-            arrivals,
         });
-        cursor = next;
+        left = left.saturating_sub(taken.end - taken.start);
+        cursor = taken.next;
     }
     Ok(())
 }
@@ -482,7 +692,6 @@ mod tests {
             .iter()
             .map(|w| {
                 let resident = Resident {
-                    name: w.name.clone(),
                     class: w.class,
                     encoding: w.encoding,
                     shape: w.shape,
@@ -499,24 +708,23 @@ mod tests {
     }
 
     /// Executes a schedule on the host, as the ring and the kernel do.
-    fn execute(schedule: &Schedule, source: &[u8], arena: u64) -> Vec<u8> {
+    fn execute(schedule: &Schedule, residents: &[Resident], source: &[u8], arena: u64) -> Vec<u8> {
         let mut to = vec![0xee; arena as usize];
+        let mut table = vec![Piece::bytes(0, 0, 0); MAX_PIECES];
         for chunk in &schedule.chunks {
             assert!(chunk.start < chunk.end && chunk.end <= source.len() as u64);
+            assert!(chunk.end - chunk.start / PAGE * PAGE <= PAGE + CHUNK_BYTES);
             let bytes = &source[chunk.start as usize..chunk.end as usize];
-            match &chunk.how {
-                How::Copies(copies) => {
-                    assert!(chunk.end - chunk.start / PAGE * PAGE <= CHUNK_BYTES);
-                    assert!(copies.len() <= MAX_COPIES);
-                    for c in copies {
-                        let (to_at, from, n) = (c.to as usize, c.from as usize, c.nbytes as usize);
-                        to[to_at..to_at + n].copy_from_slice(&bytes[from..from + n]);
-                    }
-                }
-                How::Staged(pieces) => {
-                    assert!(chunk.nbytes() <= STAGED_BYTES + PAGE && pieces.len() <= MAX_PIECES);
-                    pieces.iter().for_each(|p| apply(p, bytes, &mut to));
-                }
+            if chunk.is_staged() {
+                let count = schedule.pieces(chunk, residents, &mut table).unwrap();
+                table[..count].iter().for_each(|p| apply(p, bytes, &mut to));
+                continue;
+            }
+            assert!(schedule.parts(chunk).count() <= MAX_COPIES);
+            for part in schedule.parts(chunk) {
+                let to_at = (residents[part.weight as usize].ptr + part.at) as usize;
+                let (from, n) = (part.from as usize, part.nbytes as usize);
+                to[to_at..to_at + n].copy_from_slice(&bytes[from..from + n]);
             }
         }
         to
@@ -599,11 +807,11 @@ mod tests {
             .map(|i| ((i * 2_654_435_761) >> 13) as u8 & 0x3f)
             .collect();
         let (residents, arena) = residents(plan);
-        let schedule = schedule(plan, &residents, &[file(len)]).unwrap();
-        let arena = execute(&schedule, &source, arena);
+        let schedule = schedule(plan, &residents, &[file(len)], Desk::default()).unwrap();
+        let arena = execute(&schedule, &residents, &source, arena);
         let mut arrived = vec![0; plan.weights.len()];
-        for (w, n) in schedule.chunks.iter().flat_map(|c| &c.arrivals) {
-            arrived[*w as usize] += n;
+        for (w, n) in schedule.chunks.iter().flat_map(|c| schedule.arrivals(c)) {
+            arrived[w as usize] += n;
         }
         for (w, r) in plan.weights.iter().zip(&residents) {
             if schedule.through_source.contains(&w.id) {
@@ -617,7 +825,7 @@ mod tests {
                 w.name
             );
         }
-        let mut order = schedule.order.clone();
+        let mut order = schedule.order(plan.weights.len());
         order.sort_unstable();
         assert_eq!(order, (0..plan.weights.len() as u32).collect::<Vec<_>>());
         schedule
@@ -632,10 +840,28 @@ mod tests {
             schedule
                 .chunks
                 .iter()
-                .all(|c| matches!(&c.how, How::Copies(c) if c.len() == 1))
+                .all(|c| !c.is_staged() && schedule.parts(c).count() == 1)
         );
         assert!(schedule.chunks[1..].iter().all(|c| c.start % PAGE == 0));
-        assert_eq!(schedule.chunks.len(), 3);
+    }
+
+    #[test]
+    fn chunks_grow_to_a_slot_and_shrink_to_the_end() {
+        let w = planned(0, Encoding::BF16, Shape::matrix(256 << 10, 1024), 0);
+        let plan = plan_of(vec![w]);
+        let (residents, len) = residents(&plan);
+        let chunks = schedule(&plan, &residents, &[file(len)], Desk::default())
+            .unwrap()
+            .chunks;
+        let sizes: Vec<u64> = chunks.iter().map(Chunk::nbytes).collect();
+        let largest = sizes.iter().position(|n| *n == CHUNK_BYTES).unwrap();
+        assert_eq!(largest, super::super::MAX_THREADS - 1);
+        assert!(sizes[..=largest].is_sorted_by(|a, b| a < b), "{sizes:?}");
+        assert!(sizes[largest..].is_sorted_by(|a, b| a >= b), "{sizes:?}");
+        assert!(
+            sizes[sizes.len() - 2] == LAST_CHUNK_BYTES && sizes.len() < 200,
+            "{sizes:?}"
+        );
     }
 
     #[test]
@@ -649,7 +875,9 @@ mod tests {
             })
             .collect();
         let schedule = check(&plan_of(weights), at + 50);
-        assert!(schedule.chunks.len() <= 4, "{}", schedule.chunks.len());
+        // The largest that they may be, at the end of a load.
+        let least = at.div_ceil(LAST_CHUNK_BYTES) as usize;
+        assert!(schedule.chunks.len() <= least + 4, "{}", schedule.chunks.len());
     }
 
     #[test]
@@ -657,9 +885,9 @@ mod tests {
         let w = planned(0, Encoding::F32, Shape::vector(100), 10);
         let plan = plan_of(vec![w]);
         let (residents, _) = residents(&plan);
-        assert!(schedule(&plan, &residents, &[file(409)]).is_err());
-        assert!(schedule(&plan, &residents, &[]).is_err());
-        schedule(&plan, &residents, &[file(410)]).unwrap();
+        assert!(schedule(&plan, &residents, &[file(409)], Desk::default()).is_err());
+        assert!(schedule(&plan, &residents, &[], Desk::default()).is_err());
+        schedule(&plan, &residents, &[file(410)], Desk::default()).unwrap();
     }
 
     proptest! {
