@@ -1,7 +1,7 @@
 //! Reads byte runs of the source: through the page cache where it holds them, past it where it does not.
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use hoist_backend::{Error, Mapping, Result, SourceFile, WeightSource};
 use rustix::fs::{Mode, OFlags};
+use rustix::io::ReadWriteFlags;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::schedule::PAGE;
@@ -46,6 +47,8 @@ enum Bytes {
         direct: Option<File>,
         /// Cleared when a direct read is refused after all.
         direct_works: AtomicBool,
+        /// Whether the page cache held what was asked for last, so that it is read without asking.
+        cached: AtomicBool,
     },
     Memory(Arc<dyn Mapping>),
 }
@@ -57,6 +60,7 @@ impl Input {
             Some(open) => Bytes::File {
                 direct: open_direct(open),
                 direct_works: AtomicBool::new(true),
+                cached: AtomicBool::new(false),
                 file: Arc::clone(open),
             },
             None => Bytes::Memory(
@@ -98,9 +102,16 @@ impl Input {
                 file,
                 direct,
                 direct_works,
+                cached,
             } => {
+                let direct = direct.as_ref().filter(|_| direct_works.load(Ordering::Relaxed));
+                if direct.is_some() && cached.load(Ordering::Relaxed) {
+                    if read_cached(file, start, &mut slot[head..head + len]) {
+                        return Ok(Path::Cache);
+                    }
+                    cached.store(false, Ordering::Relaxed);
+                }
                 if let Some(direct) = direct
-                    && direct_works.load(Ordering::Relaxed)
                     && !is_cached(file, start, end)
                 {
                     let first = start - head as u64;
@@ -115,6 +126,7 @@ impl Input {
                     }
                 }
                 self.fill(file, start, &mut slot[head..head + len], len)?;
+                cached.store(true, Ordering::Relaxed);
                 Ok(Path::Cache)
             }
         }
@@ -157,6 +169,14 @@ fn read_at_least(
         }
     }
     Ok(())
+}
+
+/// Reads a run if the page cache holds all of it; what `out` holds otherwise is not said. Where it does, that spares the
+/// question; where it does not, the system may read a little ahead, so that it is tried only after a run that was there.
+fn read_cached(file: &File, start: u64, out: &mut [u8]) -> bool {
+    let len = out.len();
+    let read = rustix::io::preadv2(file, &mut [IoSliceMut::new(out)], start, ReadWriteFlags::NOWAIT);
+    read.is_ok_and(|n| n == len)
 }
 
 /// The same open file, once more and past the page cache.
@@ -325,6 +345,18 @@ mod tests {
     }
 
     #[test]
+    fn a_run_is_read_without_asking_only_if_all_of_it_is_cached() {
+        let (file, bytes) = temporary(1 << 20);
+        let mut out = vec![0; 5000];
+        // Some file systems cannot tell.
+        if read_cached(file.as_file(), 77, &mut out) {
+            assert!(out == bytes[77..5077]);
+        }
+        let end = bytes.len() as u64;
+        assert!(!read_cached(file.as_file(), end - 4999, &mut out));
+    }
+
+    #[test]
     fn direct_and_cached_reads_yield_the_same_bytes_at_any_offset() {
         let (file, bytes) = temporary((1 << 20) + 777);
         let input = Input {
@@ -333,6 +365,7 @@ mod tests {
                 file: Arc::new(file.reopen().unwrap()),
                 direct: open_direct(file.as_file()),
                 direct_works: AtomicBool::new(true),
+                cached: AtomicBool::new(false),
             },
         };
         let mut memory = vec![0u8; 3 << 20];

@@ -591,11 +591,9 @@ impl Load<'_> {
                         Ok(pieces.len())
                     })?;
                 } else {
+                    let bytes = &slot[..len as usize];
                     // SAFETY: the range is within the weight; the stream is waited for below.
-                    unsafe {
-                        lane.stream
-                            .copy_htod(weight.ptr + offset, &slot[..len as usize])?
-                    };
+                    unsafe { lane.stream.copy_htod(weight.ptr + offset, bytes)? };
                 }
                 lane.stream.synchronize()?;
                 self.arrive(id.0, len)?;
