@@ -7,6 +7,11 @@
 //!
 //! A process has one primary context on a device. One that is lost is forgotten here by the first call that says so, and given
 //! up with the last backend that holds it; until then the driver has no other, and opening the device says that it is lost.
+//! Nothing better can be relied on: for the errors that lose a context the driver promises no further work to the process at
+//! all (cuda.h, at CUDA_ERROR_ILLEGAL_ADDRESS and LAUNCH_FAILED: it "must be terminated and relaunched"), which a context
+//! beside the primary one, by `cuCtxCreate`, does not change. `cuDevicePrimaryCtxReset` destroys the context under whoever
+//! holds it, the streams of other backends and of other libraries of the process included. A process that must survive a loss
+//! keeps the backend in another one, as `--isolate` does for plugins.
 //!
 //! No lock of this module is held across a driver call, but for the one that keeps two threads from making one context.
 
