@@ -1,9 +1,5 @@
 //! What the library that looks for races of shared memory must find, and must not.
-#![expect(
-    clippy::expect_used,
-    clippy::unwrap_used,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[macro_use]
 mod device;
