@@ -139,6 +139,34 @@ pub struct CudaBackend {
     device: Arc<SharedDevice>,
 }
 
+/// What a backend says of itself: devices hold weights and run steps alike, and differ by name and memory.
+pub(crate) fn describe(
+    device: &str,
+    device_name: &str,
+    options: &OpenOptions,
+    memory: Vec<DeviceMemory>,
+) -> BackendInfo {
+    BackendInfo {
+        name: crate::NAME.into(),
+        device: device.into(),
+        device_name: device_name.into(),
+        numerics: NumericsClass::Exact,
+        stored: EncodingSet::weights(),
+        computed: EncodingSet::weights()
+            .iter()
+            .filter(|e| decode::computes(*e))
+            .collect(),
+        ops: OpSet::all(),
+        float_layout: options.float_layout.unwrap_or(FloatLayout::OutIn),
+        limits: Limits {
+            max_batch_tokens: Some(decode::MAX_BATCH_TOKENS),
+            ..Limits::default()
+        },
+        sizing: SIZING,
+        memory: MemoryInfo { devices: memory },
+    }
+}
+
 impl CudaBackend {
     /// Opens a device. The first backend of a process makes its context; later ones share it, each with a stream and memory
     /// of its own.
@@ -189,25 +217,12 @@ impl CudaBackend {
         let stream = Stream::new(&device.context)?;
         let (hasher, mover) = (Hasher::new(&device.modules)?, Mover::new(&device.modules)?);
         let mut backend = Self {
-            info: BackendInfo {
-                name: crate::NAME.into(),
-                device: device.context.id().into(),
-                device_name: device.context.device.name.clone(),
-                numerics: NumericsClass::Exact,
-                stored: EncodingSet::weights(),
-                computed: EncodingSet::weights()
-                    .iter()
-                    .filter(|e| decode::computes(*e))
-                    .collect(),
-                ops: OpSet::all(),
-                float_layout: options.float_layout.unwrap_or(FloatLayout::OutIn),
-                limits: Limits {
-                    max_batch_tokens: Some(decode::MAX_BATCH_TOKENS),
-                    ..Limits::default()
-                },
-                sizing: SIZING,
-                memory: MemoryInfo { devices: Vec::new() },
-            },
+            info: describe(
+                device.context.id(),
+                &device.context.device.name,
+                options,
+                Vec::new(),
+            ),
             options: options.clone(),
             lifecycle: Lifecycle::default(),
             residency: None,

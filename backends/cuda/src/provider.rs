@@ -1,12 +1,11 @@
 use hoist_backend::{
-    BackendInfo, DeviceInfo, DeviceMemory, EncodingSet, Error, FloatLayout, Limits, MemoryByClass,
-    MemoryInfo, NumericsClass, OpSet, OpenOptions, Outline, Provider, Result, UnsupportedWhat, WeightBackend,
+    DeviceInfo, DeviceMemory, Error, MemoryByClass, OpenOptions, Outline, Provider, Result, UnsupportedWhat,
+    WeightBackend,
 };
 
-use crate::backend::CudaBackend;
-use crate::decode::{self, Engine};
+use crate::backend::{CudaBackend, describe};
+use crate::decode::Engine;
 use crate::driver::{self, Device};
-use crate::residency::SIZING;
 
 /// Finds CUDA devices.
 #[derive(Clone, Copy, Debug, Default)]
@@ -52,35 +51,16 @@ impl Provider for CudaProvider {
             });
         }
         let memory = options.memory_budget.unwrap_or(0);
+        let memory = DeviceMemory {
+            device: crate::NAME.into(),
+            total: memory,
+            free: memory,
+            budget: options.memory_budget,
+            resident: MemoryByClass::default(),
+            mapped: 0,
+        };
         Ok(Some(Outline {
-            info: BackendInfo {
-                name: crate::NAME.into(),
-                device: crate::NAME.into(),
-                device_name: "a device that is not here".into(),
-                numerics: NumericsClass::Exact,
-                stored: EncodingSet::weights(),
-                computed: EncodingSet::weights()
-                    .iter()
-                    .filter(|e| decode::computes(*e))
-                    .collect(),
-                ops: OpSet::all(),
-                float_layout: options.float_layout.unwrap_or(FloatLayout::OutIn),
-                limits: Limits {
-                    max_batch_tokens: Some(decode::MAX_BATCH_TOKENS),
-                    ..Limits::default()
-                },
-                sizing: SIZING,
-                memory: MemoryInfo {
-                    devices: vec![DeviceMemory {
-                        device: crate::NAME.into(),
-                        total: memory,
-                        free: memory,
-                        budget: options.memory_budget,
-                        resident: MemoryByClass::default(),
-                        mapped: 0,
-                    }],
-                },
-            },
+            info: describe(crate::NAME, "a device that is not here", options, vec![memory]),
             workspace_bytes: Engine::workspace_bytes,
         }))
     }
