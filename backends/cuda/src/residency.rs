@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use hoist_backend::{
-    Encoding, Error, FloatLayout, LoadPlan, MemoryByClass, Result, Shape, Sizing, UnsupportedWhat,
-    UploadLedger, ValueChange, WeightClass, WeightId, WeightPlan,
+    Encoding, Error, FloatLayout, LoadPlan, MemoryByClass, Result, Shape, Sizing, UploadLedger, ValueChange,
+    WeightClass, WeightId, WeightPlan,
 };
 
 use crate::driver::{Context, DeviceBuffer};
@@ -159,47 +159,8 @@ pub(crate) struct Residency {
 
 /// Checks what this backend relies on; the caller has validated the model.
 fn check(plan: &WeightPlan, place: usize) -> Result<()> {
+    plan.check(crate::NAME, place)?;
     let name = &plan.name;
-    if plan.id.index() != place {
-        return Err(Error::invalid(format!("id of weight `{name}`"), place, plan.id.0));
-    }
-    if !(plan.encoding.is_float() || plan.encoding.is_quantized()) {
-        return Err(Error::Unsupported {
-            backend: crate::NAME.into(),
-            what: UnsupportedWhat::Encoding {
-                encoding: plan.encoding,
-                usage: "weights",
-            },
-        });
-    }
-    let shape = plan.shape;
-    if shape.matrices == 0 || shape.rows == 0 || shape.cols == 0 {
-        return Err(Error::invalid(
-            format!("shape of `{name}`"),
-            "no zero dimension",
-            shape,
-        ));
-    }
-    let nbytes = plan.encoding.nbytes(shape)?;
-    if nbytes != plan.nbytes {
-        return Err(Error::invalid(
-            format!("canonical bytes of `{name}`"),
-            nbytes,
-            plan.nbytes,
-        ));
-    }
-    let class_fits = match plan.class {
-        WeightClass::Quantized => plan.encoding.is_quantized(),
-        WeightClass::Float => plan.encoding.is_float(),
-        WeightClass::Gamma | WeightClass::Bias => plan.encoding == Encoding::F32,
-    };
-    if !class_fits {
-        return Err(Error::invalid(
-            format!("encoding of `{name}`, a {:?} weight", plan.class),
-            "one of that class",
-            plan.encoding,
-        ));
-    }
     let widened = plan.change != ValueChange::Keep;
     if widened && plan.encoding != Encoding::F32 {
         return Err(Error::invalid(
