@@ -96,6 +96,25 @@ pub(crate) fn step(
     decoder.forward(&TokenBatch { runs: &runs }, out)
 }
 
+/// A well-mixed number of two (the finaliser of SplitMix64).
+pub(crate) fn pseudo_random(a: u32, b: u32) -> u32 {
+    let mut z = (u64::from(a) << 32 | u64::from(b)).wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    (z >> 33) as u32
+}
+
+/// The place of the largest logit; the lowest one if several are equal.
+pub(crate) fn argmax(logits: &[f32]) -> u32 {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (i, logit) in (0u32..).zip(logits) {
+        if *logit > best.1 {
+            best = (i, *logit);
+        }
+    }
+    best.0
+}
+
 /// Seconds of a list of runs as a rate: median, least and most, in `tokens` a second.
 pub(crate) struct Rate {
     pub(crate) median: f64,

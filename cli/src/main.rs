@@ -6,6 +6,7 @@ mod args;
 mod backends;
 mod commands;
 mod decoding;
+mod digests;
 mod exit;
 mod models;
 mod report;

@@ -59,6 +59,32 @@ impl Drop for Bar {
     }
 }
 
+/// Counts steps as a bar on standard error, if that is a terminal.
+pub(crate) struct Steps(ProgressBar);
+
+impl Steps {
+    /// A bar of so many steps.
+    pub(crate) fn new(what: &'static str, steps: u64) -> Self {
+        let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
+        if let Ok(style) = ProgressStyle::with_template("{prefix:9} {wide_bar} {pos} of {len}") {
+            bar.set_style(style);
+        }
+        bar.set_prefix(what);
+        Self(bar)
+    }
+
+    /// One step more is done.
+    pub(crate) fn done(&self) {
+        self.0.inc(1);
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
 impl LoadWatch for Bar {
     fn progress(&self, progress: Progress) {
         if self.bar.is_hidden() {

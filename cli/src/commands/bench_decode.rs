@@ -204,7 +204,7 @@ impl BenchDecode {
         let mut next = vec![0u32; sequences.len()];
         for (sequence, next) in sequences.iter().zip(&mut next) {
             let tokens: Vec<u32> = (0..self.prompt)
-                .map(|i| pseudo_random(sequence.0, i) % vocab)
+                .map(|i| decoding::pseudo_random(sequence.0, i) % vocab)
                 .collect();
             let mut out = Outputs {
                 argmax: std::slice::from_mut(next),
@@ -257,14 +257,6 @@ fn runs<'a>(sequences: &[SequenceId], tokens: &'a [u32]) -> Vec<Run<'a>> {
             want: &[Want::ArgMax],
         })
         .collect()
-}
-
-/// A well-mixed number of two (the finaliser of SplitMix64).
-fn pseudo_random(a: u32, b: u32) -> u32 {
-    let mut z = (u64::from(a) << 32 | u64::from(b)).wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    (z >> 33) as u32
 }
 
 /// Canonical bytes of weights that one step reads: every matrix it multiplies with, the chosen share of experts, and one row

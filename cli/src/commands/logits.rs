@@ -13,7 +13,7 @@ use crate::exit::{Code, Usage};
 use crate::report::table::{self, Align};
 use crate::report::{self, print_json, print_text};
 use crate::watch::{catch_interrupts, interrupted};
-use crate::{decoding, models};
+use crate::{decoding, digests, models};
 
 /// How many of the largest logits are shown.
 const TOP: usize = 5;
@@ -110,15 +110,16 @@ impl Logits {
         }
         let mut positions = Vec::with_capacity(tokens.len());
         self.forward(decoder, &tokens, vocab, |logits| {
-            let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
             if let Some(dump) = &mut dump {
-                dump.write_all(&bytes)?;
+                for logit in logits {
+                    dump.write_all(&logit.to_le_bytes())?;
+                }
             }
             let top = largest(logits);
             positions.push(Position {
                 argmax: top.first().map_or(0, |(id, _)| *id),
                 top,
-                digest: blake3::hash(&bytes),
+                digest: digests::of_logits(logits),
             });
             Ok(())
         })?;
@@ -214,13 +215,9 @@ fn largest(logits: &[f32]) -> Vec<(u32, f32)> {
     top
 }
 
-/// A digest of the digests: one word for a whole run.
+/// One word for a whole run.
 fn of_all(positions: &[Position]) -> blake3::Hash {
-    let mut hasher = blake3::Hasher::new();
-    for p in positions {
-        hasher.update(p.digest.as_bytes());
-    }
-    hasher.finalize()
+    digests::of_all(positions.iter().map(|p| &p.digest))
 }
 
 impl Position {

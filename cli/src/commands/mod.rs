@@ -4,6 +4,7 @@ mod bench;
 mod bench_decode;
 mod bench_load;
 mod bench_load_cuda;
+mod compare;
 mod completions;
 mod conform;
 mod devices;
@@ -53,6 +54,7 @@ enum Command {
     Generate(generate::Generate),
     /// Print what a model makes of given tokens, position by position
     Logits(logits::Logits),
+    Compare(compare::Compare),
     /// Measure how well a model predicts a text
     Perplexity(perplexity::Perplexity),
     /// Run one operation of the numerics contract over raw files
@@ -86,6 +88,7 @@ impl Program {
             Command::Load(load) => load.run(json),
             Command::Generate(generate) => generate.run(json),
             Command::Logits(logits) => logits.run(json),
+            Command::Compare(compare) => compare.run(json),
             Command::Perplexity(perplexity) => perplexity.run(json),
             Command::Op(op) => op.run(json),
             Command::Bench(bench) => bench.run(json),
