@@ -39,6 +39,7 @@ const TESTS: &[Test] = &[
         one_launch,
     ),
     ("long_sequences_decode_to_the_references_bits", long_sequences),
+    ("attention_in_parts_has_the_references_bits", attention_in_parts),
     ("a_driver_that_will_not_do_is_unavailable", unavailable),
     (
         "an_outline_is_what_an_open_device_says",
@@ -590,6 +591,34 @@ fn long_sequences() -> Outcome {
         }
     }
     nothing_is_left("long sequences");
+    Ok(())
+}
+
+/// Batches whose attention has not the scratch to run at once: queries of several heads, a window, a soft cap, and batches
+/// that several sequences share.
+fn attention_in_parts() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let tokens: Vec<u32> = (0..40).map(|i| i * 37 % 250).collect();
+    for (name, sequences, at_once) in [
+        ("tiny-llama", 1, &[1, 19][..]),
+        ("tiny-gemma2", 1, &[7]),
+        ("tiny-llama", 3, &[39]),
+    ] {
+        let path = synthetic(name, "q4_k_m", folder.path());
+        let how = How {
+            chunk: 40,
+            sequences,
+            ..DEFAULT
+        };
+        let expected = logits(cpu(), &path, &tokens, how)?;
+        for most in at_once {
+            let mut backend = CudaBackend::open(0, &self::options())?;
+            backend.attend_at_most(std::num::NonZeroU32::new(*most).expect("not 0"));
+            let found = logits(Box::new(backend), &path, &tokens, how)?;
+            same(&format!("{name}, {most} tokens at once"), how, &found, &expected);
+        }
+    }
+    nothing_is_left("attention in parts");
     Ok(())
 }
 

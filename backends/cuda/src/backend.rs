@@ -10,7 +10,7 @@ use hoist_backend::{
     WorkspaceBytes, WorkspaceDims,
 };
 
-use crate::decode::{self, DeviceWeight, Engine, OneLaunch};
+use crate::decode::{self, DeviceWeight, Engine, OneLaunch, Settings};
 use crate::digest::Hasher;
 use crate::driver::{self, DeviceBuffer, Stream};
 use crate::layout::{Finisher, Mover, finish_bytes, transposing_pieces};
@@ -131,7 +131,7 @@ pub struct CudaBackend {
     unsettled: bool,
     /// Bytes past which the driver is made to refuse page locking.
     pin_limit: Option<usize>,
-    one_launch: OneLaunch,
+    settings: Settings,
     hasher: Hasher,
     mover: Mover,
     // Handles last: they must outlive what is made of them.
@@ -185,7 +185,7 @@ impl CudaBackend {
         if options.threads == Some(0) {
             return Err(Error::invalid("threads", "at least 1", 0));
         }
-        let one_launch = OneLaunch::from_environment()?;
+        let settings = Settings::from_environment()?;
         driver::probe()?;
         let shape = load::Shape::new(options.threads, None);
         let acquire = || {
@@ -198,11 +198,11 @@ impl CudaBackend {
             Ok::<_, Error>((device, equipping, fresh))
         };
         let (device, equipping, fresh) = acquire()?;
-        match Self::on(device, equipping, options, one_launch) {
+        match Self::on(device, equipping, options, settings) {
             // Lost while nobody looked: the context that was kept is not any more.
             Err(Error::DeviceLost { .. }) if !fresh => {
                 let (device, equipping, _) = acquire()?;
-                Self::on(device, equipping, options, one_launch)
+                Self::on(device, equipping, options, settings)
             }
             opened => opened,
         }
@@ -212,7 +212,7 @@ impl CudaBackend {
         device: Arc<SharedDevice>,
         equipping: Option<Aside<()>>,
         options: &OpenOptions,
-        one_launch: OneLaunch,
+        settings: Settings,
     ) -> Result<Self> {
         let stream = Stream::new(&device.context)?;
         let (hasher, mover) = (Hasher::new(&device.modules)?, Mover::new(&device.modules)?);
@@ -237,7 +237,7 @@ impl CudaBackend {
             clearing: None,
             unsettled: false,
             pin_limit: None,
-            one_launch,
+            settings,
             hasher,
             mover,
             stream,
@@ -637,7 +637,7 @@ impl WeightBackend for CudaBackend {
         self.device.context.bind()?;
         let bytes = Engine::workspace_bytes(dims)?;
         self.admit("keys, values and workspace", bytes.kv + bytes.workspace)?;
-        self.engine = Some(Engine::new(&self.device.context, dims, self.one_launch)?);
+        self.engine = Some(Engine::new(&self.device.context, dims, self.settings)?);
         self.workspace_bytes = bytes;
         self.lifecycle.enter(State::Ready);
         Ok(bytes)
@@ -754,15 +754,21 @@ impl CudaBackend {
     /// Decodes operation by operation, from the next workspace on, as the variable `HOIST_CUDA_ONE_LAUNCH=0` makes every
     /// backend do. The bits are the same.
     pub fn decode_by_operations(&mut self) {
-        self.one_launch = OneLaunch::Off;
+        self.settings.one_launch = OneLaunch::Off;
     }
 
     /// Decodes a token of a program of the llama kind in one launch, from the next workspace on, as it does by default. Its
     /// ring has at most `most_slots` slots, or as many as fit. The bits are the same.
     pub fn decode_in_one_launch(&mut self, most_slots: Option<u32>) {
-        self.one_launch = OneLaunch::On {
+        self.settings.one_launch = OneLaunch::On {
             most_slots: most_slots.unwrap_or(u32::MAX),
         };
+    }
+
+    /// Lets attention run for at most that many tokens of a batch at once, from the next workspace on, as where scratch is
+    /// short. The bits are the same. For tests.
+    pub fn attend_at_most(&mut self, tokens: std::num::NonZeroU32) {
+        self.settings.most_attended = tokens.get();
     }
 
     /// Whether the prepared program decodes a token in one launch. For tests.

@@ -109,6 +109,11 @@ impl AttentionRows {
         tokens >= FEWEST_TOKENS && tokens / runs.max(1) >= self.tile.min(FEWEST_TOKENS)
     }
 
+    /// Of so many tokens those that fill blocks; all of them if they fill none.
+    pub(super) fn whole_tiles(&self, tokens: u32) -> u32 {
+        whole_tiles(tokens, self.tile)
+    }
+
     /// The launch for so many tokens.
     pub(super) fn launch(&self, splits: u32, kv_heads: u32, tokens: u32) -> (&Function, Launch) {
         let launch = Launch {
@@ -117,6 +122,13 @@ impl AttentionRows {
             ..Launch::linear(1, 256)
         };
         (&self.function, launch)
+    }
+}
+
+fn whole_tiles(tokens: u32, tile: u32) -> u32 {
+    match tokens / tile * tile {
+        0 => tokens,
+        whole => whole,
     }
 }
 
@@ -303,6 +315,20 @@ mod tests {
         unsafe { stream.copy_dtoh(bytemuck::cast_slice_mut(&mut found), out.ptr()) }.unwrap();
         stream.synchronize().unwrap();
         found
+    }
+
+    #[test]
+    fn parts_of_a_batch_are_whole_blocks_where_they_can_be() {
+        for (tokens, whole) in [
+            (1, 1),
+            (15, 15),
+            (16, 16),
+            (31, 16),
+            (512, 512),
+            (u32::MAX, u32::MAX - 15),
+        ] {
+            assert_eq!(whole_tiles(tokens, 16), whole);
+        }
     }
 
     #[test]

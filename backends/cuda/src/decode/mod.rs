@@ -109,6 +109,27 @@ impl OneLaunch {
     }
 }
 
+/// How programs run; no bit depends on it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Settings {
+    pub(crate) one_launch: OneLaunch,
+    /// Most tokens of a batch whose attention runs at once.
+    pub(crate) most_attended: u32,
+}
+
+impl Settings {
+    /// What the environment asks for.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`], as [`OneLaunch::from_environment`].
+    pub(crate) fn from_environment() -> Result<Self> {
+        Ok(Self {
+            one_launch: OneLaunch::from_environment()?,
+            most_attended: u32::MAX,
+        })
+    }
+}
+
 /// What no step has reported.
 const NO_FAULT: u32 = u32::MAX;
 
@@ -132,14 +153,14 @@ impl Engine {
     }
 
     /// Takes all memory that decoding needs.
-    pub(crate) fn new(context: &Arc<Context>, dims: &WorkspaceDims, one_launch: OneLaunch) -> Result<Self> {
+    pub(crate) fn new(context: &Arc<Context>, dims: &WorkspaceDims, settings: Settings) -> Result<Self> {
         context.bind()?;
         Ok(Self {
             graph: None,
             persistent: None,
             program: None,
-            one_launch,
-            workspace: Workspace::new(context, dims)?,
+            one_launch: settings.one_launch,
+            workspace: Workspace::new(context, dims, settings.most_attended)?,
             stream: Stream::new(context)?,
             context: Arc::clone(context),
         })

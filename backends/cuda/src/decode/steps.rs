@@ -341,11 +341,8 @@ impl Prepared {
         if heads > GRID_LIMIT as usize {
             return Err(limit("heads", GRID_LIMIT, heads as u64));
         }
-        let splits = u64::from(work.dims.capacity.max_context.div_ceil(SPLIT));
-        let tokens = u64::from(work.attention_tokens);
-        let sums = tokens * splits * heads as u64 * 8;
-        let partial = tokens * splits * heads as u64 * u64::from(cache.head_dim) * 4;
-        if sums > work.scratch.0 || partial > work.scratch.1 {
+        let splits = work.dims.capacity.max_context.div_ceil(SPLIT);
+        if work.attended(splits, heads as u64, cache.head_dim) == 0 {
             return Err(Error::internal(
                 crate::NAME,
                 "attention that does not fit the workspace",
@@ -528,8 +525,12 @@ impl Prepared {
         let Some(single) = &l.splits else {
             return Err(Error::internal(crate::NAME, "attention without its kernels"));
         };
-        for first_token in (0..tokens).step_by(work.attention_tokens as usize) {
-            let n = work.attention_tokens.min(tokens - first_token);
+        let rows = l.rows_at_once.as_ref().filter(|r| r.suits(tokens, on.runs));
+        // `check_attention` has seen that one of the whole context fits.
+        let room = work.attended(on.splits, heads as u64, cache.head_dim).max(1);
+        let at_once = rows.map_or(room, |rows| rows.whole_tiles(room));
+        for first_token in (0..tokens).step_by(at_once as usize) {
+            let n = at_once.min(tokens - first_token);
             let params = Attention {
                 cache,
                 query: on.value(query).ptr,
@@ -548,7 +549,7 @@ impl Prepared {
                 staged: single.staged.into(),
                 unused: 0,
             };
-            if let Some(rows) = l.rows_at_once.as_ref().filter(|r| r.suits(tokens, on.runs)) {
+            if let Some(rows) = rows {
                 let (function, launch) = rows.launch(on.splits, cache.kv_heads, n);
                 on.run(function, launch, &params)?;
             } else {

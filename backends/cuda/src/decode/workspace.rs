@@ -18,7 +18,7 @@ const KEY_BLOCK: u64 = 64;
 pub(super) const ARG_MAX_PARTS: u32 = 64;
 /// Most tokens of a batch: bounds the grids of all kernels.
 pub(crate) const MAX_BATCH_TOKENS: u32 = 8192;
-/// Scratch of attention that several tokens may share out among them; one token gets what it needs in any case.
+/// Scratch of attention that several tokens share out among them; one token gets what it needs in any case.
 const ATTENTION_SCRATCH: u64 = 64 << 20;
 const ALIGNMENT: u64 = 256;
 
@@ -48,8 +48,6 @@ struct Layout {
     control: u64,
     /// Vectors packed for products with many tokens.
     packed: u64,
-    /// Tokens whose attention runs at once.
-    attention_tokens: u32,
     kv: Vec<u64>,
 }
 
@@ -93,7 +91,7 @@ impl Layout {
             .map(|(kind, width)| token_bytes(*kind, *width)?.checked_mul(tokens))
             .collect::<Option<Vec<u64>>>()?;
         let splits = u64::from(dims.capacity.max_context.div_ceil(SPLIT));
-        // The widest query: the logits are none, unless another value is as wide as they.
+        // No query is wider than the widest value: the logits are none, unless another value is as wide as they.
         let floats = || {
             dims.values
                 .iter()
@@ -109,7 +107,8 @@ impl Layout {
         let sums = u64::from(widest / head_dim).checked_mul(8)?.checked_mul(splits)?;
         let partial = u64::from(widest).checked_mul(4)?.checked_mul(splits)?;
         let of_token = sums.checked_add(partial)?.max(1);
-        let attention_tokens = (ATTENTION_SCRATCH / of_token).clamp(1, tokens.max(1));
+        // Of the whole context: with fewer splits, or narrower queries, there is room for more.
+        let attended = (ATTENTION_SCRATCH / of_token).clamp(1, tokens.max(1));
         let positions = u64::from(dims.capacity.max_context).checked_next_multiple_of(KEY_BLOCK)?;
         let kv = dims
             .kv
@@ -131,11 +130,10 @@ impl Layout {
             results: tokens.checked_add(1)?.checked_mul(4)?,
             parts: tokens.checked_mul(8 * u64::from(ARG_MAX_PARTS))?,
             tables: dims.table_bytes,
-            sums: sums.checked_mul(attention_tokens)?,
-            partial: partial.checked_mul(attention_tokens)?,
+            sums: sums.checked_mul(attended)?,
+            partial: partial.checked_mul(attended)?,
             control: persistent::control_bytes(dims)?,
             packed: packed(dims)?,
-            attention_tokens: u32::try_from(attention_tokens).ok()?,
             kv,
         })
     }
@@ -201,6 +199,14 @@ fn layout(dims: &WorkspaceDims) -> Result<(Layout, WorkspaceBytes)> {
     })
 }
 
+/// Tokens whose attention there is scratch for: `bytes` of maxima and sums, and of unfinished results.
+fn attended(bytes: (u64, u64), splits: u32, heads: u64, head_dim: u32) -> u32 {
+    let of_token = u64::from(splits).saturating_mul(heads);
+    let partial = of_token.saturating_mul(u64::from(head_dim) * 4);
+    let tokens = (bytes.0 / of_token.saturating_mul(8).max(1)).min(bytes.1 / partial.max(1));
+    u32::try_from(tokens).unwrap_or(u32::MAX)
+}
+
 /// Bytes that [`Workspace::new`] takes on the device.
 pub(super) fn bytes(dims: &WorkspaceDims) -> Result<WorkspaceBytes> {
     layout(dims).map(|(_, bytes)| bytes)
@@ -225,7 +231,8 @@ pub(super) struct Workspace {
     pub(super) packed_bytes: u64,
     /// Bytes of `sums` and `partial`.
     pub(super) scratch: (u64, u64),
-    pub(super) attention_tokens: u32,
+    /// Most tokens whose attention runs at once, however much scratch there is.
+    most_attended: u32,
     /// Rows, then the numbers of kept tokens.
     pub(super) staging: PinnedBuffer,
     /// The fault word and arg-max ids.
@@ -265,7 +272,14 @@ impl Workspace {
         unsafe { self.done_word().write_volatile(0) };
     }
 
-    pub(super) fn new(context: &Arc<Context>, dims: &WorkspaceDims) -> Result<Self> {
+    /// Tokens whose attention runs at once, of so many splits and query heads of such a width each; none if there is not
+    /// scratch for one.
+    pub(super) fn attended(&self, splits: u32, heads: u64, head_dim: u32) -> u32 {
+        attended(self.scratch, splits, heads, head_dim).min(self.most_attended)
+    }
+
+    /// Takes its memory. Attention of at most `most_attended` tokens runs at once.
+    pub(super) fn new(context: &Arc<Context>, dims: &WorkspaceDims, most_attended: u32) -> Result<Self> {
         let (layout, bytes) = layout(dims)?;
         let kv = DeviceBuffer::new(context, "keys and values", bytes.kv)?;
         let arena = DeviceBuffer::new(context, "the workspace", bytes.workspace)?;
@@ -325,7 +339,7 @@ impl Workspace {
             packed,
             packed_bytes: layout.packed,
             scratch: (layout.sums, layout.partial),
-            attention_tokens: layout.attention_tokens,
+            most_attended,
             staging,
             results,
             lengths: vec![0; dims.capacity.max_sequences as usize],
@@ -376,6 +390,25 @@ mod tests {
         parts.push(persistent::control_bytes(&dims()).unwrap());
         let sum: u64 = parts.iter().map(|n| n.next_multiple_of(256)).sum();
         assert_eq!(bytes.workspace, sum);
+    }
+
+    #[test]
+    fn scratch_for_a_whole_context_holds_more_tokens_of_fewer_splits() {
+        // Query and gate of an 8B llama: the layout knows widths, not which of them attend.
+        let mut dims = dims();
+        dims.capacity.max_batch_tokens = 512;
+        dims.values = vec![(ValueKind::F32, 4096), (ValueKind::F32, 14_336)];
+        dims.kv[0].head_dim = 128;
+        dims.kv.truncate(1);
+        for (context, splits, tokens) in [(640, 2, 2016), (32_768, 1, 4032), (32_768, 128, 31)] {
+            dims.capacity.max_context = context;
+            let layout = Layout::new(&dims).unwrap();
+            let scratch = (layout.sums, layout.partial);
+            assert!(scratch.0 + scratch.1 <= ATTENTION_SCRATCH);
+            assert_eq!(attended(scratch, splits, 32, 128), tokens, "{context} {splits}");
+        }
+        assert_eq!(attended((8, 511), 1, 1, 128), 0);
+        assert_eq!(attended((u64::MAX, u64::MAX), u32::MAX, u64::MAX, u32::MAX), 1);
     }
 
     #[test]
