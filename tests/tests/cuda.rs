@@ -40,6 +40,7 @@ const TESTS: &[Test] = &[
     ),
     ("long_sequences_decode_to_the_references_bits", long_sequences),
     ("attention_in_parts_has_the_references_bits", attention_in_parts),
+    ("products_in_parts_have_the_references_bits", products_in_parts),
     ("a_driver_that_will_not_do_is_unavailable", unavailable),
     (
         "an_outline_is_what_an_open_device_says",
@@ -619,6 +620,35 @@ fn attention_in_parts() -> Outcome {
         }
     }
     nothing_is_left("attention in parts");
+    Ok(())
+}
+
+/// A prompt whose last product has two tiles for the device's three multiprocessors, which share them out: of Q4_K and Q6_K, one
+/// prompt after another.
+fn products_in_parts() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let wide = hoist_synth::ModelShape {
+        n_ff: 4096,
+        ..*hoist_synth::shape("tiny-llama").expect("a shape")
+    };
+    for mix in ["q4_k_m", "q6_k"] {
+        let path = folder.path().join(format!("{mix}.gguf"));
+        let options = hoist_synth::Options {
+            shape: &wide,
+            mix: hoist_synth::Mix::from_name(mix).expect("a mix"),
+            container: hoist_synth::Container::Gguf,
+            seed: 4,
+        };
+        hoist_synth::write(options, &path, &|_, _| {})?;
+        let tokens: Vec<u32> = (0..124).map(|i| i * 37 % 250).collect();
+        let how = How {
+            chunk: 62,
+            context: 128,
+            ..DEFAULT
+        };
+        compare(mix, &path, &tokens, how);
+    }
+    nothing_is_left("products in parts");
     Ok(())
 }
 

@@ -219,7 +219,21 @@ struct HalvedQ6_K {
 
 // ---- the kernel ----
 
-template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Staying {
+/// Tiles of a product that its blocks share out step by step, behind those that are a block's own.
+struct Parted {
+    /// Tiles that blocks have for their own: as many for each.
+    u32 own;
+    /// The launch's number, other than that of any launch before it with the same `handed`.
+    u32 number;
+    /// Of each block: its sums of a tile that another one began, [value][thread]; and whether they are there.
+    i64 *sums;
+    u64 *handed;
+};
+
+/// PARTED: what is left when each block has had as many tiles as every other is shared out: steps of those tiles follow each other,
+/// and each block takes as many of them. Who has a tile's first step adds what the blocks behind it have of that tile, in any order, since
+/// all sums are exact; they hand over what they have of it before anything else, so that nobody waits in a circle.
+template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES, bool PARTED = false> struct Staying {
     static constexpr int WARPS = ROWS * COLS * DEPTH, THREADS = 32 * WARPS;
     static constexpr u32 BYTES = E::BYTES, TILE = E::TILE;
     /// Of a row: the DEPTH segments of a step follow each other.
@@ -234,10 +248,44 @@ template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Sta
     static constexpr u32 BRINGERS = WARPS / (COLS * NT);
     static_assert(BRINGERS * COLS * NT == WARPS);
     static constexpr u32 WEIGHT_COPIES = (COPIED * CHUNKS + THREADS - 1) / THREADS;
+    // Sums of several segments would have to meet in the block first.
+    static_assert(!PARTED || DEPTH == 1);
+
+    /// Steps of a tile that a block does at a time, and the steps that it has after those.
+    struct Way {
+        u32 tile, step, end, next, last;
+
+        /// Before the first.
+        DEVICE Way start(const Parted &parted, u32 tiles, u32 steps) {
+            u32 shared = (tiles - parted.own) * steps, block = blockIdx.x;
+            Way way = {block, 0, steps, shared * block / gridDim.x, shared * (block + 1) / gridDim.x};
+            if (block >= parted.own) go_on(way, parted, tiles, steps);
+            return way;
+        }
+
+        DEVICE void go_on(Way &way, const Parted &parted, u32 tiles, u32 steps) {
+            way.step = 0, way.tile += gridDim.x;
+            if (way.tile < parted.own) return;
+            way.tile = tiles;
+            if (way.next == way.last) return;
+            u32 before = way.next / steps;
+            way.tile = parted.own + before, way.step = way.next - before * steps;
+            way.end = min(steps, way.step + (way.last - way.next));
+            way.next += way.end - way.step;
+        }
+
+        /// The tile after this one.
+        DEVICE u32 after(Way &way, const Parted &parted, u32 tiles, u32 steps) {
+            go_on(way, parted, tiles, steps);
+            return way.tile;
+        }
+    };
 
     /// What a thread copies for one tile of the product.
     struct Fetch {
         u32 tile, step;
+        /// Where PARTED.
+        Way way;
         const u8 *weights, *tokens;
         /// Of the rows that the thread copies of.
         u32 offsets[WEIGHT_COPIES];
@@ -286,12 +334,55 @@ template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Sta
             }
             f.weights += DEPTH * BYTES, f.tokens += DEPTH * TILE;
             f.step++;
-            if (f.step == steps) {
+            if (!PARTED && f.step == steps) {
                 f.step = 0, f.tile += gridDim.x;
                 aim(f, p, token_tiles);
             }
         }
+
+        /// Goes on where a tile's steps are done, where PARTED.
+        DEVICE void turn(Fetch &f, const PrefillParams &p, const Parted &parted, u32 tiles, u32 steps, u32 token_tiles) {
+            if (f.step != f.way.end) return;
+            Way::go_on(f.way, parted, tiles, steps);
+            follow(f, p, token_tiles);
+        }
+
+        /// Goes to the first of the way's steps.
+        DEVICE void follow(Fetch &f, const PrefillParams &p, u32 token_tiles) {
+            f.tile = f.way.tile, f.step = f.way.step;
+            aim(f, p, token_tiles);
+            f.weights += f.step * DEPTH * BYTES, f.tokens += f.step * DEPTH * TILE;
+        }
     };
+
+    /// Hands this block's sums over to the one that has begun the tile.
+    DEVICE void hand_over(const Parted &parted, const i64 acc[NT][4]) {
+        i64 *to = parted.sums + (size_t)blockIdx.x * (NT * 4 * THREADS) + threadIdx.x;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            for (int i = 0; i < 4; i++) to[(n * 4 + i) * THREADS] = acc[n][i];
+        meet_block();
+        if (threadIdx.x != 0) return;
+        fence_device();
+        store_word(parted.handed + blockIdx.x, 0, parted.number);
+    }
+
+    /// Adds what the blocks behind this one have of the tile that ends with step `end` of those that are shared out.
+    DEVICE void take_over(const Parted &parted, u32 end, u32 shared, i64 acc[NT][4]) {
+        for (u32 block = blockIdx.x + 1; block < gridDim.x && shared * block / gridDim.x < end; block++) {
+            // One without steps hands nothing over.
+            if (shared * block / gridDim.x == shared * (block + 1) / gridDim.x) continue;
+            if (threadIdx.x == 0) {
+                await_word(parted.handed + block, parted.number);
+                fence_device();
+            }
+            meet_block();
+            const i64 *from = parted.sums + (size_t)block * (NT * 4 * THREADS) + threadIdx.x;
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                for (int i = 0; i < 4; i++) acc[n][i] += load_shared_cache(from + (n * 4 + i) * THREADS);
+        }
+    }
 
     DEVICE void write(const PrefillParams &p, u32 first_row, u32 first_token, const i64 acc[NT][4]) {
         u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -315,7 +406,7 @@ template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Sta
         if (!finite) report(p.fault, p.step);
     }
 
-    DEVICE void run(const PrefillParams &p) {
+    DEVICE void run(const PrefillParams &p, const Parted &parted = Parted{}) {
         DYNAMIC_SHARED(u8, shared, 16);
         u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2;
         // Warps with the same rows are neighbours.
@@ -326,15 +417,25 @@ template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Sta
         i64 acc[NT][4];
         double unit[2];
         Fetch ahead;
-        ahead.tile = blockIdx.x, ahead.step = 0;
-        Fetch::aim(ahead, p, token_tiles);
+        Way way;
+        if (PARTED) {
+            way = ahead.way = Way::start(parted, tiles, steps);
+            Fetch::follow(ahead, p, token_tiles);
+        } else {
+            ahead.tile = blockIdx.x, ahead.step = 0;
+            Fetch::aim(ahead, p, token_tiles);
+        }
         for (u32 stage = 0; stage < STAGES - 1; stage++) {
-            if (ahead.tile < tiles) Fetch::go(ahead, p, shared + stage * STAGE, steps, token_tiles);
+            if (ahead.tile < tiles) {
+                Fetch::go(ahead, p, shared + stage * STAGE, steps, token_tiles);
+                if (PARTED) Fetch::turn(ahead, p, parted, tiles, steps, token_tiles);
+            }
             end_copies();
         }
         u32 slot = 0;
 #pragma unroll 1
-        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        for (u32 tile = PARTED ? way.tile : blockIdx.x; tile < tiles;
+             tile = PARTED ? Way::after(way, parted, tiles, steps) : tile + gridDim.x) {
             u32 first_row = (tile / token_tiles * ROWS + group) * 16, first_token = (tile % token_tiles * COLS + column) * 8 * NT;
             // Where rows begin, modulo 16.
             u32 starts[2];
@@ -345,13 +446,17 @@ template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Sta
 #pragma unroll
             for (int n = 0; n < NT; n++)
                 for (int i = 0; i < 4; i++) acc[n][i] = 0;
+            u32 end = PARTED ? way.end : steps;
 #pragma unroll 1
-            for (u32 step = 0; step < steps; step++) {
+            for (u32 step = PARTED ? way.step : 0; step < end; step++) {
                 await_copies_but<STAGES - 2>();
                 // This step's copies of all threads are there, and all have left the place of the step before.
                 meet_block();
                 u32 place = slot == 0 ? STAGES - 1 : slot - 1;
-                if (ahead.tile < tiles) Fetch::go(ahead, p, shared + place * STAGE, steps, token_tiles);
+                if (ahead.tile < tiles) {
+                    Fetch::go(ahead, p, shared + place * STAGE, steps, token_tiles);
+                    if (PARTED) Fetch::turn(ahead, p, parted, tiles, steps, token_tiles);
+                }
                 // Also where nothing is left to fetch, so that the count of groups stays the same.
                 end_copies();
                 const u8 *stage = shared + slot * STAGE;
@@ -377,6 +482,13 @@ template <class E, int NT, int ROWS, int COLS, int DEPTH, int STAGES> struct Sta
                 for (int n = 0; n < NT; n++)
                     for (int i = 0; i < 4; i++)
                         for (int other = 0; other < DEPTH - 1; other++) acc[n][i] += of_warp[((other * NT + n) * 4 + i) * 32];
+            }
+            if (PARTED) {
+                if (way.step > 0) {
+                    hand_over(parted, acc);
+                    continue;
+                }
+                if (way.end < steps) take_over(parted, (tile - parted.own + 1) * steps, (tiles - parted.own) * steps, acc);
             }
             write(p, first_row, first_token, acc);
         }

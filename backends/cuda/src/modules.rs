@@ -43,6 +43,7 @@ pub(crate) const EMBEDDED: &[Embedded] = embedded![
     "prefill",
     "prefill_blocks",
     "prefill_k",
+    "prefill_parted",
     "step",
 ];
 

@@ -197,6 +197,7 @@ impl Engine {
             unsafe { self.stream.copy_htod(at, bytes) }?;
             at += bytes.len() as u64;
         }
+        self.workspace.forget_parts(&self.stream)?;
         self.stream.synchronize()?;
         let persistent = match self.one_launch {
             OneLaunch::Off => None,

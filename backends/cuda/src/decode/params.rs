@@ -154,6 +154,24 @@ pub(super) struct Tiled {
     pub(super) tokens: u32,
 }
 
+/// `Parted` of `kernels/prefill_k.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Parted {
+    pub(super) own: u32,
+    pub(super) number: u32,
+    pub(super) sums: u64,
+    pub(super) handed: u64,
+}
+
+/// Of `kernels/prefill_parted.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PartedTiled {
+    pub(super) product: Tiled,
+    pub(super) parted: Parted,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FloatMatMul {
@@ -298,6 +316,7 @@ mod tests {
         assert_eq!(size_of::<Turned>(), 144);
         assert_eq!(size_of::<Pack>(), 64);
         assert_eq!(size_of::<Tiled>(), 80);
+        assert_eq!(size_of::<PartedTiled>(), 104);
         assert_eq!(size_of::<FloatMatMul>(), 72);
         assert_eq!(size_of::<Rope>(), 40);
         assert_eq!(size_of::<CacheLayer>(), 24);

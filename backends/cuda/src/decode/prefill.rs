@@ -1,4 +1,5 @@
-//! Products of quantised matrices with many tokens: `kernels/prefill.cuh` and `kernels/prefill_k.cuh`, on int8 tensor cores.
+//! Products of quantised matrices with many tokens: `kernels/prefill.cuh` and `kernels/prefill_k.cuh`, on int8 tensor cores; the tiles of the
+//! latter that do not come out even are shared out (`kernels/prefill_parted.cu`).
 //!
 //! A vector's integers are packed into tiles of eight tokens once, and read by every product that takes them in that form. The bits are
 //! those of the kernels for few tokens, since every sum is one of integers.
@@ -170,6 +171,8 @@ struct Coding {
     /// Whether mins are as wide as scales.
     wide_mins: bool,
     form: Form,
+    /// The kernel of `prefill_parted`.
+    parted: Option<&'static str>,
 }
 
 macro_rules! coding {
@@ -186,6 +189,7 @@ macro_rules! coding {
             slot: $slot,
             wide_mins: $wide_mins,
             form: Form::Plain,
+            parted: None,
         })
     };
     ($name:literal, $bytes:literal, $form:ident) => {
@@ -202,6 +206,7 @@ macro_rules! coding {
             slot: 0,
             wide_mins: false,
             form: Form::$form,
+            parted: Some(concat!("prefill_", $name, "_parted")),
         })
     };
 }
@@ -263,6 +268,13 @@ impl Coding {
     }
 }
 
+/// Bytes that a block of a product in parts may hand over.
+const HANDED_BYTES: u64 = 64 << 10;
+/// Most blocks of one: each has a word to say that it has handed over.
+pub(super) const MOST_PARTS: u32 = 1024;
+/// What a product in parts takes beside its steps, in steps: bringing sums to the second-level cache and back, and waiting.
+const HANDING_STEPS: u64 = 2;
+
 /// The kernels of one encoding, and of packing.
 #[derive(Debug)]
 pub(super) struct Product {
@@ -271,6 +283,8 @@ pub(super) struct Product {
     shapes: &'static [Shape],
     /// Of each shape, with its shared memory.
     kernels: Vec<(Function, u32)>,
+    /// Of the last shape, where blocks share the last tiles out.
+    parted: Option<Function>,
     multiprocessors: u32,
 }
 
@@ -299,7 +313,17 @@ impl Product {
             Ok((function, shared))
         };
         let kernels = coding.kernels.iter().zip(coding.shapes()).map(kernel);
+        let parted = coding.parted.filter(|_| device.multiprocessors <= MOST_PARTS);
+        let parted = parted
+            .map(|name| {
+                let function = modules.function("prefill_parted", name)?;
+                let last = coding.shapes().last().map_or(0, |shape| coding.shared(*shape));
+                function.allow_shared(last)?;
+                Ok(function)
+            })
+            .transpose()?;
         Ok(Some(Self {
+            parted,
             pack: modules.function("prefill", "pack")?,
             form: coding.form,
             shapes: coding.shapes(),
@@ -346,6 +370,28 @@ impl Product {
         self.launch_as(at, params)
     }
 
+    /// The launch that shares the last tiles out among all blocks, and how many tiles are a block's own, where that is quicker
+    /// than [`Product::launch`] and `bytes` of scratch hold what blocks hand over.
+    pub(super) fn launch_parted(&self, params: &Tiled, bytes: u64) -> Option<(&Function, Launch, u32)> {
+        let fits = bytes >= u64::from(self.multiprocessors) * HANDED_BYTES;
+        let blocks = (params.rows, params.segments, params.tokens);
+        (fits && is_better_parted(self.shapes, blocks, self.multiprocessors)).then_some(())?;
+        let (rows, tokens) = self.shapes.last()?.blocks(params.rows, params.tokens);
+        let tiles = rows.checked_mul(tokens)?;
+        self.launch_parted_as(tiles / self.multiprocessors * self.multiprocessors)
+    }
+
+    fn launch_parted_as(&self, own: u32) -> Option<(&Function, Launch, u32)> {
+        let ((_, shared), shape) = (self.kernels.last()?, self.shapes.last()?);
+        let launch = Launch {
+            shared: *shared,
+            // Blocks wait for each other.
+            cooperative: true,
+            ..Launch::linear(self.multiprocessors, shape.warps * 32)
+        };
+        Some((self.parted.as_ref()?, launch, own))
+    }
+
     fn launch_as(&self, at: usize, params: &Tiled) -> (&Function, Launch) {
         let (rows, tokens) = self.shapes[at].blocks(params.rows, params.tokens);
         let (function, shared) = &self.kernels[at];
@@ -381,6 +427,30 @@ fn choose(shapes: &[Shape], rows: u32, segments: u32, tokens: u32, multiprocesso
     (0..shapes.len())
         .min_by_key(|at| (cost(shapes[*at]), std::cmp::Reverse(*at)))
         .unwrap_or(0)
+}
+
+/// Whether a product of so many (rows, segments, tokens) takes at least a twentieth less time if blocks of the last shape share out the tiles
+/// that do not come out even.
+fn is_better_parted(
+    shapes: &[Shape],
+    (rows, segments, tokens): (u32, u32, u32),
+    multiprocessors: u32,
+) -> bool {
+    let chosen = shapes[choose(shapes, rows, segments, tokens, multiprocessors)];
+    let (Some(last), blocks) = (shapes.last(), u64::from(multiprocessors.max(1))) else {
+        return false;
+    };
+    let of_step = |shape: Shape| u64::from(3 + shape.warp_tiles()) * if shape.warps > WARPS { 3 } else { 2 };
+    let tiles = |shape: Shape| {
+        let (x, y) = shape.blocks(rows, tokens);
+        u64::from(x) * u64::from(y)
+    };
+    // Blocks stay, so that copies begin once.
+    let steps = u64::from(segments.div_ceil(chosen.depth));
+    let whole = (tiles(chosen).div_ceil(blocks) * steps + 2) * of_step(chosen);
+    let shared = tiles(*last).saturating_mul(segments.into()).div_ceil(blocks);
+    let parted = (shared + 2 + HANDING_STEPS) * of_step(*last);
+    20 * parted <= 19 * whole
 }
 
 /// Which value is packed in each form at the moment.
@@ -421,6 +491,7 @@ pub(super) fn whole_tiles(tokens: u32) -> u32 {
 mod tests {
     use std::sync::Arc;
 
+    use super::super::params::{Parted, PartedTiled};
     use super::*;
     use crate::driver::{Context, DeviceBuffer, Stream};
     use crate::modules::arguments;
@@ -644,7 +715,22 @@ mod tests {
             product.packing(vectors.ptr(), scratch.ptr(), segments as u32, tokens as u32);
         // SAFETY: the kernel takes that struct, whose buffers are as long as it says.
         unsafe { function.launch(stream, launch, &mut arguments![params]) }.unwrap();
-        for (at, shape) in product.shapes.iter().enumerate() {
+        let blocks = product.multiprocessors;
+        let (last_rows, last_tokens) = product.shapes.last().unwrap().blocks(rows as u32, tokens as u32);
+        let tiles = last_rows * last_tokens;
+        let sums = DeviceBuffer::new(context, "sums", u64::from(blocks) * HANDED_BYTES).unwrap();
+        let handed = uploaded(stream, &vec![0; blocks as usize * 8]);
+        // Each shape; and in parts, with as many whole tiles as there can be, one less, and none.
+        let most = tiles / blocks * blocks;
+        let own = [most, most.saturating_sub(blocks), 0];
+        let ways = (0..product.shapes.len())
+            .map(|at| (at, None))
+            .chain(own.map(|own| (product.shapes.len() - 1, Some(own))));
+        for (turn, (at, own)) in ways.enumerate() {
+            if own.is_some() && product.parted.is_none() {
+                continue;
+            }
+            let shape = product.shapes[at];
             let y = uploaded(stream, &vec![0xff; rows * tokens * 4]);
             let params = Tiled {
                 weight: weight.ptr(),
@@ -660,9 +746,25 @@ mod tests {
                 segments: segments as u32,
                 tokens: tokens as u32,
             };
-            let (function, launch) = product.launch_as(at, &params);
-            // SAFETY: as above.
-            unsafe { function.launch(stream, launch, &mut arguments![params]) }.unwrap();
+            if let Some(own) = own {
+                let (function, launch, own) = product.launch_parted_as(own).unwrap();
+                let parted = Parted {
+                    own,
+                    number: turn as u32 + 1,
+                    sums: sums.ptr(),
+                    handed: handed.ptr(),
+                };
+                let params = PartedTiled {
+                    product: params,
+                    parted,
+                };
+                // SAFETY: as above.
+                unsafe { function.launch(stream, launch, &mut arguments![params]) }.unwrap();
+            } else {
+                let (function, launch) = product.launch_as(at, &params);
+                // SAFETY: as above.
+                unsafe { function.launch(stream, launch, &mut arguments![params]) }.unwrap();
+            }
             let mut found = vec![0u32; rows * tokens];
             // SAFETY: as long as the buffer; waited for below.
             unsafe { stream.copy_dtoh(bytemuck::cast_slice_mut(&mut found), y.ptr()) }.unwrap();
@@ -670,7 +772,7 @@ mod tests {
             let wrong = found.iter().zip(&expected).position(|(a, b)| a != b);
             if let Some(wrong) = wrong {
                 panic!(
-                    "{encoding} {rows} × {cols}, {tokens} tokens, extreme {extreme}, {shape:?}: token {} row {}: {:?} for {:?}",
+                    "{encoding} {rows} × {cols}, {tokens} tokens, extreme {extreme}, {shape:?}, own {own:?}: token {} row {}: {:?} for {:?}",
                     wrong / rows,
                     wrong % rows,
                     f32::from_bits(found[wrong]),
@@ -705,6 +807,27 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn tiles_that_do_not_come_out_even_are_shared_out() {
+        // Of 7B and 8B models on 132 multiprocessors, 512 tokens: 224 tiles of 74 segments, and of 14; 256 of 56; 896 of 16.
+        for (rows, segments, better) in [
+            (3584, 74, true),
+            (3584, 14, true),
+            (4096, 56, false),
+            (14_336, 16, false),
+        ] {
+            assert_eq!(
+                is_better_parted(STAYING_SHAPES, (rows, segments, 512), 132),
+                better,
+                "{rows}"
+            );
+        }
+        // Two tiles on three multiprocessors; three.
+        assert!(is_better_parted(STAYING_SHAPES, (256, 16, 64), 3));
+        assert!(!is_better_parted(STAYING_SHAPES, (384, 8, 64), 3));
+        assert!(!is_better_parted(STAYING_SHAPES, (u32::MAX, 512, 512), 1));
     }
 
     #[test]

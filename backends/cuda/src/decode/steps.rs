@@ -11,7 +11,7 @@ use super::attention::{self, AttentionRows, AttentionSplits};
 use super::fused::{self, Fused};
 use super::params::{
     ArgMax, Attention, Elements, Embed, FloatMatMul, Gated, Gather, Integers, MatMul, Merged, Norm, Normed,
-    Quantise, Rope, Router, Store, Tiled, Turned, WeightedSum,
+    PartedTiled, Quantise, Rope, Router, Store, Tiled, Turned, WeightedSum,
 };
 use super::prefill::{self, Held, Packed, Product};
 use super::profile::Marks;
@@ -785,6 +785,14 @@ fn tiled_matmul(
         segments,
         tokens: on.tokens,
     };
+    if let Some((function, launch, own)) = tiled.launch_parted(&params, on.work.scratch.1) {
+        let params = PartedTiled {
+            product: params,
+            // Attention has merged, and does not begin while this runs.
+            parted: on.work.parted(own),
+        };
+        return on.run(function, launch, &params);
+    }
     let (function, launch) = tiled.launch(&params);
     on.run(function, launch, &params)
 }

@@ -1,14 +1,15 @@
 //! Everything a step needs beside the weights: values, keys and values, tables, scratch, and page-locked staging. Taken once
 //! by `init_workspace`; a step takes nothing.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use hoist_backend::{Error, Result, TokenRow, UnsupportedWhat, ValueKind, WorkspaceBytes, WorkspaceDims};
 
-use super::params::{CacheLayer, Row, SEGMENT_BYTES};
+use super::params::{CacheLayer, Parted, Row, SEGMENT_BYTES};
 use super::persistent;
 use super::prefill;
-use crate::driver::{Context, DeviceBuffer, PinnedBuffer};
+use crate::driver::{Context, DeviceBuffer, PinnedBuffer, Stream};
 
 /// Positions that share a maximum (`docs/numerics.md` §4).
 pub(super) const SPLIT: u32 = 256;
@@ -48,6 +49,8 @@ struct Layout {
     control: u64,
     /// Vectors packed for products with many tokens.
     packed: u64,
+    /// What blocks of a product in parts have handed over.
+    handed: u64,
     kv: Vec<u64>,
 }
 
@@ -134,6 +137,7 @@ impl Layout {
             partial: partial.checked_mul(attended)?,
             control: persistent::control_bytes(dims)?,
             packed: packed(dims)?,
+            handed: u64::from(prefill::MOST_PARTS) * 8,
             kv,
         })
     }
@@ -150,6 +154,7 @@ impl Layout {
             self.partial,
             self.control,
             self.packed,
+            self.handed,
         ];
         self.values.iter().copied().chain(rest)
     }
@@ -229,6 +234,9 @@ pub(super) struct Workspace {
     pub(super) control: u64,
     pub(super) packed: u64,
     pub(super) packed_bytes: u64,
+    /// A word for each block of a product in parts, and the number of the last such product.
+    handed: u64,
+    parts_number: Cell<u32>,
     /// Bytes of `sums` and `partial`.
     pub(super) scratch: (u64, u64),
     /// Most tokens whose attention runs at once, however much scratch there is.
@@ -246,6 +254,26 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
+    /// What a product is told whose blocks share tiles out, behind those of their own. Partial results of attention lie where
+    /// its sums do.
+    pub(super) fn parted(&self, own: u32) -> Parted {
+        // 0 is no product's. Blocks hand over in few of them: none has a word of 2^32 products ago.
+        let number = self.parts_number.get().wrapping_add(1).max(1);
+        self.parts_number.set(number);
+        Parted {
+            own,
+            number,
+            sums: self.partial,
+            handed: self.handed,
+        }
+    }
+
+    /// Makes the words of [`Workspace::parted`] nobody's.
+    pub(super) fn forget_parts(&self, stream: &Stream) -> Result<()> {
+        // SAFETY: the part of the arena that is theirs.
+        unsafe { stream.fill(self.handed, 0, prefill::MOST_PARTS as usize * 8) }
+    }
+
     /// Where a step in one launch says that it is over: the last word of the results.
     fn done_word(&self) -> *mut u32 {
         let words = self.results.bytes().len() / 4;
@@ -309,7 +337,7 @@ impl Workspace {
         let [rows, kept, fault, parts, tables, sums, partial] =
             [part()?, part()?, part()?, part()?, part()?, part()?, part()?];
         let control = part()?;
-        let packed = part()?;
+        let (packed, handed) = (part()?, part()?);
         let positions = dims.capacity.max_context.next_multiple_of(KEY_BLOCK as u32);
         let mut base = kv.ptr();
         let mut cache = Vec::with_capacity(dims.kv.len());
@@ -338,6 +366,8 @@ impl Workspace {
             control,
             packed,
             packed_bytes: layout.packed,
+            handed,
+            parts_number: Cell::new(0),
             scratch: (layout.sums, layout.partial),
             most_attended,
             staging,
@@ -388,6 +418,7 @@ mod tests {
         // 4 heads × 8 bytes and of 48 × 4 bytes, for 3 tokens.
         let mut parts = vec![576, 3648, 1188, 48, 12, 16, 1536, 400, 96, 576u64];
         parts.push(persistent::control_bytes(&dims()).unwrap());
+        parts.push(8192);
         let sum: u64 = parts.iter().map(|n| n.next_multiple_of(256)).sum();
         assert_eq!(bytes.workspace, sum);
     }
