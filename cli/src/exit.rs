@@ -154,6 +154,7 @@ fn of_format(error: &FormatError) -> Code {
     match error {
         // A file that may not be read is the file's fault, as is a folder without a model; one that is not there is not.
         FormatError::Io { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => Code::BadModel,
+        FormatError::Io { error, .. } if error.kind() == io::ErrorKind::OutOfMemory => Code::OutOfMemory,
         FormatError::Io { .. } => Code::Io,
         _ => Code::BadModel,
     }
@@ -269,6 +270,7 @@ mod tests {
         let cases: Vec<(anyhow::Error, Code)> = vec![
             (io_error(io::ErrorKind::NotFound).into(), Code::Io),
             (io_error(io::ErrorKind::PermissionDenied).into(), Code::BadModel),
+            (io_error(io::ErrorKind::OutOfMemory).into(), Code::OutOfMemory),
             (
                 LoadError::from(io_error(io::ErrorKind::NotFound)).into(),
                 Code::Io,

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use hoist_core::formats::Encoding;
-use hoist_tests::files::{ModelFiles, TinyLlama, hostile};
+use hoist_tests::files::{ModelFiles, RawApr, TinyLlama, hostile};
 
 use crate::support::{Ran, hoist, on_disk, run};
 
@@ -18,7 +18,7 @@ fn load(path: &Path) -> Ran {
 }
 
 /// Demands a code, one line of error that says all of these, and nothing else.
-fn refused(ran: &Ran, code: i32, says: &[&str]) {
+pub(crate) fn refused(ran: &Ran, code: i32, says: &[&str]) {
     assert_eq!(ran.code, Some(code), "{}", ran.stderr);
     assert_eq!(ran.stdout, "");
     let lines: Vec<_> = ran.stderr.lines().collect();
@@ -182,4 +182,20 @@ fn a_context_that_no_program_has_is_a_usage_error() {
         2,
         &["0-0"],
     );
+}
+
+#[test]
+fn what_decompresses_to_more_than_there_is_memory_is_code_5() {
+    let inspect = |zeros: u32| -> Ran {
+        let (_folder, path) = on_disk(&ModelFiles::single("model.apr", RawApr::lz4_of_zeros(zeros)));
+        let limited = "ulimit -v 1048576 && exec \"$0\" inspect \"$1\"";
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", limited, env!("CARGO_BIN_EXE_hoist")])
+            .arg(&path);
+        command.stdin(Stdio::null()).output().expect("sh runs").into()
+    };
+    refused(&inspect(2 << 30), 5, &["model.apr", "bytes of memory"]);
+    // The control is decompressed, and then its checksum is wrong.
+    refused(&inspect(1 << 20), 3, &["model.apr", "CRC"]);
 }

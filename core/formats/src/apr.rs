@@ -117,10 +117,14 @@ pub(crate) fn read(shard: Shard, index: u32, budget: &mut Budget) -> Result<Apr>
         Err(error) => error,
     };
     *budget = spare;
-    read_block(&shard, &header, index, budget).map_err(|as_block| Error::Lz4 {
-        file,
-        as_raw: Box::new(as_raw),
-        as_block: Box::new(as_block),
+    read_block(&shard, &header, index, budget).map_err(|as_block| match as_block {
+        // No fault of the file.
+        Error::Io { .. } => as_block,
+        as_block => Error::Lz4 {
+            file,
+            as_raw: Box::new(as_raw),
+            as_block: Box::new(as_block),
+        },
     })
 }
 

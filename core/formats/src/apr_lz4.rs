@@ -128,17 +128,26 @@ pub(crate) fn decode(shard: &Shard, size: u64) -> Result<Arc<[u8]>> {
     let file = shard.name();
     let block_start = to_usize(BLOCK, &file)?;
     let header = to_usize(HEADER, &file)?;
+    let block_len = to_usize(shard.source.len.saturating_sub(BLOCK), &file)?;
+    let len = to_usize(HEADER + size, &file)?;
+    // An allocation that fails ends the program; asking first does not.
+    let both = len.saturating_add(block_len);
+    Vec::<u8>::new().try_reserve_exact(both).map_err(|_| {
+        let reason = format!("decompressing it takes {both} bytes of memory, which are not there");
+        let error = std::io::Error::new(std::io::ErrorKind::OutOfMemory, reason);
+        crate::source::io_error(&shard.source.path, error)
+    })?;
     let from_file;
     let block = match &shard.memory {
         Some(memory) => &memory[block_start..],
         None => {
-            let mut block = vec![0; to_usize(shard.source.len - BLOCK, &file)?];
+            let mut block = vec![0; block_len];
             shard.read_at(BLOCK, &mut block)?;
             from_file = block;
             &from_file
         }
     };
-    let mut bytes: Arc<[u8]> = std::iter::repeat_n(0, to_usize(HEADER + size, &file)?).collect();
+    let mut bytes: Arc<[u8]> = std::iter::repeat_n(0, len).collect();
     let failed = |reason: String| Error::InvalidField {
         file: file.clone(),
         what: "the LZ4 block".into(),

@@ -1,6 +1,6 @@
 //! Files field by field, with nothing checked: what the hostile corpus is made of.
 
-use apr_format::v2::AprV2Header;
+use apr_format::v2::{AprV2Flags, AprV2Header};
 
 /// A GGUF file whose every field can be wrong.
 #[derive(Clone, Debug)]
@@ -217,6 +217,39 @@ impl RawApr {
             data: vec![0; 512],
             footer: None,
         }
+    }
+
+    /// A file that is one LZ4 block behind its header, and decompresses to a tensor of that many bytes of zeros, a multiple
+    /// of 4, with a checksum of zero, which is wrong.
+    pub fn lz4_of_zeros(zeros: u32) -> Vec<u8> {
+        let mut file = Self::valid();
+        file.header.flags = file.header.flags.with(AprV2Flags::LZ4_COMPRESSED);
+        file.entries.truncate(1);
+        file.entries[0].dims = vec![1, u64::from(zeros / 4)];
+        file.entries[0].size = zeros.into();
+        file.data.clear();
+        file.footer = Some(Vec::new());
+        let bytes = file.bytes();
+        let (header, front) = bytes.split_at(64);
+        // The checksum is of zeros too.
+        let zeros = zeros as usize + 4;
+        let length = |out: &mut Vec<u8>, mut n: usize| {
+            while n >= 255 {
+                out.push(255);
+                n -= 255;
+            }
+            out.push(n as u8);
+        };
+        let mut out = header.to_vec();
+        out.extend_from_slice(&((front.len() + zeros) as u32).to_le_bytes());
+        // What precedes the data and a zero, which is then repeated; the format wants five literals at the end.
+        out.push(0xff);
+        length(&mut out, front.len() + 1 - 15);
+        out.extend_from_slice(front);
+        out.extend_from_slice(&[0, 1, 0]);
+        length(&mut out, zeros - 1 - 5 - 4 - 15);
+        out.extend_from_slice(&[0x50, 0, 0, 0, 0, 0]);
+        out
     }
 
     /// The file.
