@@ -9,6 +9,8 @@ use hoist_core::orchestrator::{Error as LoadError, PlanError};
 use hoist_core::text::Error as TextError;
 use hoist_plugin_host::Error as PluginError;
 
+use crate::say::say;
+
 /// Exit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Code {
@@ -69,11 +71,23 @@ pub(crate) fn report(error: &anyhow::Error) -> Code {
             message.push_str(&cause);
         }
     }
-    eprintln!("error: {message}");
+    say("error", message);
     if let Some(hint) = hint_of(error) {
-        eprintln!("hint: {hint}");
+        say("hint", hint);
     }
     code
+}
+
+/// Prints what the command line asks for instead of a command: help, the version, or what is wrong with it.
+pub(crate) fn answer(answer: &clap::Error) -> Code {
+    let printed = answer.print().and_then(|()| io::Write::flush(&mut io::stdout()));
+    if answer.use_stderr() {
+        return Code::Usage;
+    }
+    match printed {
+        Ok(()) => Code::Ok,
+        Err(error) => report(&anyhow::Error::new(error).context("writing to standard output")),
+    }
 }
 
 /// Prints what plugins failed at while they gave back what they held. It is not silently passed over: what was done is
@@ -81,7 +95,7 @@ pub(crate) fn report(error: &anyhow::Error) -> Code {
 pub(crate) fn report_parting(code: Code) -> Code {
     let errors = hoist_plugin_host::take_parting_errors();
     for error in &errors {
-        eprintln!("error: {error}");
+        say("error", error);
     }
     match code {
         Code::Ok if !errors.is_empty() => Code::PluginRejected,

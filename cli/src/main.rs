@@ -10,6 +10,7 @@ mod digests;
 mod exit;
 mod models;
 mod report;
+mod say;
 mod watch;
 
 use std::process::ExitCode;
@@ -17,10 +18,9 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let program = commands::Program::parse();
-    let code = match program.run() {
-        Ok(code) => code,
-        Err(error) => exit::report(&error),
+    let code = match commands::Program::try_parse() {
+        Ok(program) => program.run().unwrap_or_else(|error| exit::report(&error)),
+        Err(answer) => exit::answer(&answer),
     };
     exit::report_parting(code).into()
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::Program;
 use crate::exit::Code;
-use crate::report::{print_json, print_text};
+use crate::report::{print_data, print_json};
 
 /// Print completions for a shell.
 #[derive(Args, Debug)]
@@ -27,7 +27,7 @@ impl Completions {
                 "script": script,
             }))?;
         } else {
-            print_text(&script)?;
+            print_data(&script)?;
         }
         Ok(Code::Ok)
     }

@@ -1,4 +1,4 @@
-use std::io::{Read as _, Write as _};
+use std::io::Read as _;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -13,7 +13,8 @@ use serde_json::json;
 
 use crate::args::{CapacityArgs, DeviceArgs, ModelArg};
 use crate::exit::{Code, Usage};
-use crate::report::{self, print_json, units};
+use crate::report::{self, print_data, print_json, units};
+use crate::say::say;
 use crate::watch::{catch_interrupts, interrupted};
 use crate::{decoding, models};
 
@@ -160,7 +161,6 @@ impl Generate {
         }
         let prompt_time = started.elapsed();
 
-        let mut stdout = std::io::stdout().lock();
         let mut stream = tokenizer.decode_stream(DecodeOptions::default());
         let mut text = String::new();
         let mut tokens = Vec::new();
@@ -185,8 +185,7 @@ impl Generate {
             let before = text.len();
             stream.push(token, &mut text)?;
             if !json {
-                stdout.write_all(&text.as_bytes()[before..])?;
-                stdout.flush()?;
+                print_data(&text[before..])?;
             }
             if position + 1 >= positions {
                 stop = Stop::Context;
@@ -217,11 +216,12 @@ impl Generate {
                 },
             }))?;
         } else {
-            stdout.write_all(&text.as_bytes()[before..])?;
-            stdout.write_all(b"\n")?;
-            stdout.flush()?;
+            print_data(&format!("{}\n", &text[before..]))?;
             if let Stop::Context = stop {
-                eprintln!("note: the context of {positions} tokens is full; --context makes it larger");
+                say(
+                    "note",
+                    format_args!("the context of {positions} tokens is full; --context makes it larger"),
+                );
             }
         }
         Ok(Code::Ok)
@@ -257,12 +257,20 @@ impl Generate {
         decoding::encode(tokenizer, &rendered, options)
     }
 
-    fn prompt_text(&self) -> Result<String> {
-        /// No model's context holds more.
-        const MAX_PROMPT: u64 = 64 << 20;
-        let read = |from: &mut dyn std::io::Read| {
-            let mut text = String::new();
-            from.take(MAX_PROMPT).read_to_string(&mut text).map(|_| text)
+    /// Tells of options that change nothing beside the others.
+    fn note_unused(&self) {
+        let note = |unused: &[(&str, bool)], because: &str| {
+            let names: Vec<&str> = unused
+                .iter()
+                .filter(|(_, set)| *set)
+                .map(|(name, _)| *name)
+                .collect();
+            if !names.is_empty() {
+                say(
+                    "note",
+                    format_args!("{} without effect: {because}", names.join(", ")),
+                );
+            }
         };
         match (&self.prompt, &self.prompt_file) {
             (Some(dash), _) if dash == "-" => {

@@ -12,6 +12,7 @@ use crate::exit::Code;
 use crate::models;
 use crate::report::table::{self, Align};
 use crate::report::{self, print_json, print_text, units};
+use crate::say::say;
 
 /// Show what a model file holds: metadata, tensors and their roles.
 #[derive(Args, Debug)]
@@ -45,7 +46,7 @@ impl Inspect {
             print_text(&text(&manifest, resolved.as_ref().ok()))?;
         }
         if let Err(error) = resolved {
-            eprintln!("warning: {error}");
+            say("warning", error);
         }
         Ok(Code::Ok)
     }
@@ -182,7 +183,7 @@ fn text(manifest: &Manifest, model: Option<&ResolvedModel>) -> String {
     let roles = model.map(Roles::of).unwrap_or_default();
     let mut text = match model {
         Some(model) => report::model::line_of(manifest, model),
-        None => format!("{}  ({})", manifest.path.display(), manifest.format),
+        None => format!("{}  ({})", report::model::path(manifest), manifest.format),
     };
     text.push_str("\n\n");
     text.push_str(&table::facts(report::metadata::rows(&manifest.metadata)));

@@ -10,21 +10,28 @@ pub(crate) mod units;
 
 use std::io::Write as _;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::Value;
+
+use crate::say::visible_lines;
 
 /// Prints one JSON object.
 pub(crate) fn print_json(value: &Value) -> Result<()> {
     // Not straight to the writer: serde_json hides what kind of error writing ended with.
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');
-    print_text(&text)
+    print_data(&text)
 }
 
-/// Prints text for people.
+/// Prints text for people: what a terminal would act on is spelt out.
 pub(crate) fn print_text(text: &str) -> Result<()> {
+    print_data(&visible_lines(text))
+}
+
+/// Prints text for programs, as it is.
+pub(crate) fn print_data(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()?;
-    Ok(())
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .context("writing to standard output")
 }

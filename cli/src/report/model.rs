@@ -5,6 +5,8 @@ use hoist_core::model::ResolvedModel;
 use hoist_core::orchestrator::OpenedModel;
 use serde_json::{Value, json};
 
+use crate::say::visible;
+
 /// `model` of every JSON report.
 pub(crate) fn json(manifest: &Manifest, model: &ResolvedModel) -> Value {
     let mut value = file_json(manifest);
@@ -32,6 +34,11 @@ pub(crate) fn file_json(manifest: &Manifest) -> Value {
     value
 }
 
+/// A model's path, on one line.
+pub(crate) fn path(manifest: &Manifest) -> String {
+    visible(&manifest.path.display().to_string()).into_owned()
+}
+
 /// The line that names a model.
 pub(crate) fn line(opened: &OpenedModel) -> String {
     line_of(&opened.manifest, &opened.model)
@@ -41,7 +48,7 @@ pub(crate) fn line(opened: &OpenedModel) -> String {
 pub(crate) fn line_of(manifest: &Manifest, model: &ResolvedModel) -> String {
     format!(
         "{}  ({}, {}, {} layers)",
-        manifest.path.display(),
+        path(manifest),
         manifest.format,
         model.architecture,
         model.layers

@@ -2,6 +2,15 @@
 
 use comfy_table::{Cell, CellAlignment, Table, presets};
 
+use crate::say::{shortened, visible};
+
+/// Most characters of a cell: each row is as wide as the widest one, and a name may have millions.
+const CELL: usize = 400;
+
+fn shown(text: &str) -> String {
+    shortened(&visible(text), CELL).into_owned()
+}
+
 /// How a column stands.
 #[derive(Clone, Copy)]
 pub(crate) enum Align {
@@ -12,7 +21,7 @@ pub(crate) enum Align {
 /// Renders rows below a header; empty if there are no rows.
 pub(crate) fn render(header: &[(&str, Align)], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let cell = |text: &str, align: Align| {
-        Cell::new(text).set_alignment(match align {
+        Cell::new(shown(text)).set_alignment(match align {
             Align::Left => CellAlignment::Left,
             Align::Right => CellAlignment::Right,
         })
@@ -38,7 +47,7 @@ pub(crate) fn facts(rows: impl IntoIterator<Item = (String, String)>) -> String 
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     for (name, value) in rows {
-        table.add_row([name, value]);
+        table.add_row([shown(&name), shown(&value)]);
     }
     finish(&table)
 }

@@ -11,4 +11,5 @@ mod help;
 mod interrupted;
 mod load;
 mod op;
+mod output;
 mod support;

@@ -19,7 +19,8 @@ use serde_json::json;
 
 use crate::exit::{Code, Usage};
 use crate::report::table::{self, Align};
-use crate::report::{print_json, print_text};
+use crate::report::{print_data, print_json, print_text};
+use crate::say::{line, say, visible_lines};
 
 /// Judge a backend by the conformance suite: interface, exactness, faults, hygiene
 ///
@@ -97,7 +98,7 @@ impl Conform {
         let report = match self.judge(&options) {
             Err(error) => match error.downcast::<runner::Error>() {
                 Ok(error @ runner::Error::EmptySelection { .. }) => {
-                    eprintln!("error: {error}");
+                    say("error", error);
                     return Ok(Code::No);
                 }
                 Ok(error) => return Err(error.into()),
@@ -116,7 +117,7 @@ impl Conform {
             }
         }
         if json {
-            print_text(&report.json()?)?;
+            print_data(&report.json()?)?;
         } else {
             print_text(&rendered(&report))?;
         }
@@ -126,14 +127,14 @@ impl Conform {
     fn judge(&self, options: &Options) -> Result<Report> {
         let limit = options.limit.unwrap_or(target::PROBE_LIMIT);
         let judged = target::judge(&self.target, limit)?;
-        eprintln!("seed {}", options.seed);
+        line(format_args!("seed {}", options.seed));
         let mut report = if self.in_process {
             let opened = judged.open()?;
             let seeds = self.seeds;
             let step = (seeds / 20).max(1);
             runner::run_in_process(&opened, options, seeds, &|done| {
                 if seeds > 1 && done % step == 0 {
-                    eprintln!("{done} of {seeds} seeds");
+                    line(format_args!("{done} of {seeds} seeds"));
                 }
             })?
         } else {
@@ -164,14 +165,20 @@ impl Conform {
 /// Failures are told as they happen.
 fn tell(case: &CaseReport, terminal: bool) {
     if case.outcome.is_failure() {
-        eprintln!("{}: {}: {}", case.outcome.name(), case.id, case.outcome.detail());
+        let detail = case.outcome.detail();
+        line(format_args!(
+            "{}: {}: {}",
+            case.outcome.name(),
+            case.id,
+            visible_lines(&detail)
+        ));
     } else if terminal && case.micros > 2_000_000 {
-        eprintln!(
+        line(format_args!(
             "{}: {} ({:.1} s)",
             case.outcome.name(),
             case.id,
             case.micros as f64 / 1e6
-        );
+        ));
     }
 }
 
@@ -190,7 +197,7 @@ fn list(options: &Options, json: bool) -> Result<Code> {
     let cases = match runner::select(options) {
         Ok(cases) => cases,
         Err(error) => {
-            eprintln!("error: {error}");
+            say("error", error);
             return Ok(Code::No);
         }
     };

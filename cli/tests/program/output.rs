@@ -1,0 +1,161 @@
+//! What is written where: messages, data, files.
+
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use hoist_core::formats::Encoding;
+use hoist_tests::files::{ModelFiles, TinyLlama};
+
+use crate::bad_input::refused;
+use crate::support::{Ran, hoist, json, on_disk, run};
+
+fn full() -> File {
+    File::options().write(true).open("/dev/full").unwrap()
+}
+
+/// A pipe whose reader is gone.
+fn unread() -> Stdio {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    writer.into()
+}
+
+#[test]
+fn a_message_that_nobody_can_read_changes_no_exit_code() {
+    for (arguments, code) in [
+        (&["load", "/nowhere/model.gguf"][..], 7),
+        (&["load", "--backend", "tpu"], 4),
+        (&["load", "--context", "0"], 2),
+        (&["generate", "-p", "x", "-n", "600"], 0),
+    ] {
+        for stderr in [full().into(), unread()] {
+            let status = hoist()
+                .args(arguments)
+                .stdout(Stdio::null())
+                .stderr(stderr)
+                .status()
+                .unwrap();
+            assert_eq!(status.code(), Some(code), "{arguments:?}");
+        }
+    }
+}
+
+#[test]
+fn data_that_cannot_be_written_is_code_7_and_a_reader_that_left_is_none() {
+    for arguments in [
+        &["--help"][..],
+        &["--version"],
+        &["load", "--help"],
+        &["inspect"],
+        &["plan", "--json"],
+        &["completions", "bash"],
+        &["generate", "-p", "x", "-n", "1"],
+    ] {
+        let ran = hoist().args(arguments).stdout(full()).output().unwrap();
+        refused(&ran.into(), 7, &["writing to standard output", "No space left"]);
+        let ran: Ran = hoist().args(arguments).stdout(unread()).output().unwrap().into();
+        assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{arguments:?}");
+    }
+}
+
+/// Whether a terminal that shows it does nothing but show it.
+fn is_inert(text: &str) -> bool {
+    !text
+        .chars()
+        .any(|c| (c.is_control() && c != '\n') || ('\u{202a}'..='\u{202e}').contains(&c))
+}
+
+#[test]
+fn names_and_metadata_cannot_drive_a_terminal() {
+    const NAME: &str = "blk.0.\u{1b}[31m\u{202e}\u{9b}1m\n\rerror: x";
+    let mut tensors = TinyLlama::small().tensors();
+    let mut extra = tensors[0].clone();
+    extra.hf_name = NAME.into();
+    tensors.push(extra);
+    let mut model = TinyLlama::small().hugging_face(Encoding::F32);
+    for (name, bytes) in &mut model.files {
+        if name.ends_with(".safetensors") {
+            *bytes = TinyLlama::safetensors_of(&tensors, Encoding::F32);
+        } else if name == "config.json" {
+            let config = String::from_utf8(bytes.clone()).unwrap();
+            let evil = r#"{"\u001b]0;title\u0007": "\u001b[2J\u202e", "#;
+            *bytes = config.replacen('{', evil, 1).into_bytes();
+        }
+    }
+    let (_folder, path) = on_disk(&model);
+    for arguments in [&["inspect"][..], &["plan", "--weights"], &["load"]] {
+        let ran: Ran = hoist().args(arguments).arg(&path).output().unwrap().into();
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        assert!(is_inert(&ran.stdout), "{:?}", ran.stdout);
+        assert!(is_inert(&ran.stderr), "{:?}", ran.stderr);
+        assert!(!ran.stdout.contains("\nerror: x"), "{:?}", ran.stdout);
+    }
+    // Data is exact.
+    let report = json("hoist.inspect/1", &["inspect"], &path);
+    let names = report["tensors"].as_array().unwrap();
+    assert!(names.iter().any(|tensor| tensor["name"] == NAME));
+}
+
+#[test]
+fn paths_cannot_drive_a_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let evil = std::ffi::OsStr::from_bytes(b"x\x1b[31m\nhint: y\xff.gguf");
+    let path = folder.path().join(evil);
+    let inspect = |path: &Path| -> Ran { hoist().arg("inspect").arg(path).output().unwrap().into() };
+    let missing = inspect(&path);
+    refused(&missing, 7, &["x\\u{1b}[31m\\nhint: y\u{fffd}.gguf"]);
+    assert!(is_inert(&missing.stderr));
+    std::fs::write(&path, b"GGUF").unwrap();
+    let short = inspect(&path);
+    refused(&short, 3, &["x\\u{1b}[31m\\nhint: y"]);
+    assert!(is_inert(&short.stderr));
+    std::fs::write(&path, TinyLlama::small().gguf(Encoding::F32)).unwrap();
+    let shown = inspect(&path);
+    assert_eq!(shown.code, Some(0));
+    assert!(is_inert(&shown.stdout) && !shown.stdout.contains("\nhint: y"));
+}
+
+#[test]
+fn a_name_of_millions_of_characters_widens_no_table_and_no_message() {
+    let name = "x".repeat(4 << 20);
+    let mut model = TinyLlama::small()
+        .gguf_builder(Encoding::F32)
+        .meta(name.clone(), 1u32);
+    for i in 0..1000 {
+        model = model.meta(format!("hoist.test.{i}"), 1u32);
+    }
+    let bytes = |builder: hoist_core::formats::write::GgufBuilder| {
+        let layout = builder.layout().unwrap();
+        let mut bytes = layout.header.clone();
+        bytes.resize(layout.file_len as usize, 0);
+        bytes
+    };
+    let (_folder, path) = on_disk(&ModelFiles::single("model.gguf", bytes(model)));
+    let started = Instant::now();
+    let ran: Ran = hoist().arg("inspect").arg(&path).output().unwrap().into();
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    assert!(ran.stdout.len() < 1 << 20, "{} bytes", ran.stdout.len());
+    assert!(
+        started.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        started.elapsed()
+    );
+    let metadata = json("hoist.inspect/1", &["inspect"], &path);
+    assert_eq!(metadata["metadata"][&name], 1);
+
+    let model = TinyLlama::small().gguf_builder(Encoding::F32);
+    let model = model.tensor(name, Encoding::F32, [1u64 << 40]);
+    let mut long = bytes_of_header(model);
+    long.resize(long.len() + (1 << 20), 0);
+    let (_folder, path) = on_disk(&ModelFiles::single("model.gguf", long));
+    let ran: Ran = hoist().arg("inspect").arg(&path).output().unwrap().into();
+    refused(&ran, 3, &["model.gguf", "xxx…xxx", "the file has"]);
+    assert!(ran.stderr.len() < 8192, "{} bytes", ran.stderr.len());
+}
+
+fn bytes_of_header(builder: hoist_core::formats::write::GgufBuilder) -> Vec<u8> {
+    builder.layout().unwrap().header
+}
