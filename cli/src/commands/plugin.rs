@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::backends::{self, absolute};
 use crate::exit::Code;
 use crate::report::table::{self, Align};
-use crate::report::{print_json, print_text};
+use crate::report::{print_data, print_json, print_text};
 
 /// Look at backends in shared libraries, and trust them.
 #[derive(Args, Debug)]
@@ -59,7 +59,7 @@ impl Inspect {
         if json {
             print_json(&json!({
                 "schema": "hoist.plugin.inspect/1",
-                "path": candidate.path,
+                "path": candidate.path.display().to_string(),
                 "sha256": candidate.sha256,
                 "header": header_json(&header),
                 "exports": header.exports,
@@ -129,14 +129,17 @@ impl Trust {
             sha256: candidate.sha256,
             minor,
         };
+        // Written before it is told.
+        lockfile.plugins.insert(header.name.clone(), trusted.clone());
+        lockfile.write(&path)?;
         if json {
             print_json(&json!({
                 "schema": "hoist.plugin.trust/1",
                 "name": header.name,
-                "path": trusted.path,
+                "path": trusted.path.display().to_string(),
                 "sha256": trusted.sha256,
                 "minor": minor,
-                "lockfile": path,
+                "lockfile": path.display().to_string(),
             }))?;
         } else {
             print_text(&format!(
@@ -146,8 +149,6 @@ impl Trust {
                 trusted.sha256
             ))?;
         }
-        lockfile.plugins.insert(header.name, trusted);
-        lockfile.write(&path)?;
         Ok(Code::Ok)
     }
 }
@@ -162,16 +163,24 @@ fn list(json: bool) -> Result<Code> {
     if json {
         let plugins: Vec<_> = plugins
             .map(|(name, t, problem)| {
-                json!({ "name": name, "path": t.path, "sha256": t.sha256, "minor": t.minor, "refused": problem })
+                json!({
+                    "name": name,
+                    "path": t.path.display().to_string(),
+                    "sha256": t.sha256,
+                    "minor": t.minor,
+                    "refused": problem,
+                })
             })
             .collect();
-        print_json(&json!({ "schema": "hoist.plugin.list/1", "lockfile": path, "plugins": plugins }))?;
+        print_json(
+            &json!({ "schema": "hoist.plugin.list/1", "lockfile": path.display().to_string(), "plugins": plugins }),
+        )?;
     } else {
         let rows = plugins.map(|(name, t, problem)| {
             vec![
                 format!("plugin:{name}"),
                 t.path.display().to_string(),
-                t.sha256[..t.sha256.len().min(12)].to_owned(),
+                t.sha256.chars().take(12).collect(),
                 problem.unwrap_or_else(|| "unchanged".to_owned()),
             ]
         });
@@ -199,7 +208,7 @@ impl PluginProbe {
         let candidate = Candidate::open(&self.path)?;
         same(&candidate, &self.sha256)?;
         let devices = probe_here(&candidate)?;
-        print_text(&format!("{}\n", probe_line(&self.nonce, devices)))?;
+        print_data(&format!("{}\n", probe_line(&self.nonce, devices)))?;
         Ok(Code::Ok)
     }
 }

@@ -119,6 +119,19 @@ fn paths_cannot_drive_a_terminal() {
 }
 
 #[test]
+fn a_plugin_at_a_path_that_is_no_unicode_is_told_of_in_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(std::ffi::OsStr::from_bytes(b"lib\xff.so"));
+    std::fs::copy(
+        hoist_tests::libraries::cargo_built("hoist-plugin-rust-minimal").unwrap(),
+        &path,
+    )
+    .unwrap();
+    let report = json("hoist.plugin.inspect/1", &["plugin", "inspect"], &path);
+    assert!(report["path"].as_str().unwrap().ends_with("lib\u{fffd}.so"));
+}
+
+#[test]
 fn a_name_of_millions_of_characters_widens_no_table_and_no_message() {
     let name = "x".repeat(4 << 20);
     let mut model = TinyLlama::small()
