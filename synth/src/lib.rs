@@ -14,4 +14,4 @@ mod write;
 
 pub use mix::Mix;
 pub use shape::{Arch, Experts, ModelShape, SHAPES, shape};
-pub use write::{Container, Error, Options, Summary, write};
+pub use write::{Container, Error, Options, Summary, write, write_unless};

@@ -1,5 +1,4 @@
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,6 +6,7 @@ use std::sync::mpsc::sync_channel;
 
 use hoist_backend::Encoding;
 use hoist_formats::write::{Layout, SafeTensorsBuilder};
+use tempfile::NamedTempFile;
 
 use crate::blocks::{self, Spread};
 use crate::rng::Rng;
@@ -63,6 +63,9 @@ pub enum Error {
     /// Writing failed.
     #[error("cannot write `{path}`: {error}")]
     Io { path: PathBuf, error: std::io::Error },
+    /// The caller asked to stop.
+    #[error("cancelled")]
+    Cancelled,
 }
 
 /// A tensor with a place in the file.
@@ -86,6 +89,20 @@ struct Chunk {
 /// # Errors
 /// [`Error::NotInSafeTensors`], [`Error::Format`], [`Error::Io`].
 pub fn write(options: Options<'_>, out: &Path, progress: &dyn Fn(u64, u64)) -> Result<Summary, Error> {
+    write_unless(options, out, progress, &|| false)
+}
+
+/// As [`write`], unless `cancelled` says that it is to stop. What is not written whole is not there: files get their names
+/// last, and what had them before stays until then.
+///
+/// # Errors
+/// Those of [`write`], and [`Error::Cancelled`].
+pub fn write_unless(
+    options: Options<'_>,
+    out: &Path,
+    progress: &dyn Fn(u64, u64),
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Summary, Error> {
     let Options {
         shape,
         mix,
@@ -93,7 +110,7 @@ pub fn write(options: Options<'_>, out: &Path, progress: &dyn Fn(u64, u64)) -> R
         seed,
     } = options;
     let list = tensors(shape);
-    let (layout, spreads, path) = match container {
+    let (layout, spreads, path, config) = match container {
         Container::Gguf => {
             let mut builder = metadata::gguf(shape, seed);
             let mut spreads = Vec::new();
@@ -101,18 +118,18 @@ pub fn write(options: Options<'_>, out: &Path, progress: &dyn Fn(u64, u64)) -> R
                 builder = builder.tensor(gguf_name(t), mix.encoding(shape, t), dimensions(t));
                 spreads.push(t.spread(shape, false));
             }
-            (builder.layout()?, spreads, out.to_owned())
+            (builder.layout()?, spreads, out.to_owned(), None)
         }
         Container::SafeTensors => {
             let (layout, spreads, dtype) = safe_tensors(shape, mix, &list)?;
-            let io = |error| Error::Io {
+            std::fs::create_dir_all(out).map_err(|error| Error::Io {
                 path: out.to_owned(),
                 error,
-            };
-            std::fs::create_dir_all(out).map_err(io)?;
-            let config = format!("{:#}\n", metadata::config(shape, dtype));
-            std::fs::write(out.join("config.json"), config).map_err(io)?;
-            (layout, spreads, out.join("model.safetensors"))
+            })?;
+            let text = format!("{:#}\n", metadata::config(shape, dtype));
+            let config = NewFile::begin(out.join("config.json"))?;
+            config.write_at(text.as_bytes(), 0)?;
+            (layout, spreads, out.join("model.safetensors"), Some(config))
         }
     };
     // Slots are in the order in which the tensors were given.
@@ -123,7 +140,10 @@ pub fn write(options: Options<'_>, out: &Path, progress: &dyn Fn(u64, u64)) -> R
         spread,
     });
     let placed: Vec<Placed> = placed.collect();
-    let blake3 = write_file(&path, &layout, &placed, seed, progress)?;
+    let file = NewFile::begin(path.clone())?;
+    let blake3 = fill(&file, &layout, &placed, seed, progress, cancelled)?;
+    config.map_or(Ok(()), NewFile::keep)?;
+    file.keep()?;
     Ok(Summary {
         path,
         bytes: layout.file_len,
@@ -207,21 +227,75 @@ fn chunks(placed: &[Placed]) -> Vec<Chunk> {
     list
 }
 
+/// A file that gets its name last.
+struct NewFile {
+    path: PathBuf,
+    file: NamedTempFile,
+    /// Where it will be: a link stays a link.
+    place: PathBuf,
+}
+
+impl NewFile {
+    fn begin(path: PathBuf) -> Result<Self, Error> {
+        let begin = || -> std::io::Result<(NamedTempFile, PathBuf)> {
+            let place = match std::fs::metadata(&path) {
+                Ok(found) if !found.is_file() => {
+                    return Err(std::io::Error::other("what is there is no regular file"));
+                }
+                Ok(_) => std::fs::canonicalize(&path)?,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => std::path::absolute(&path)?,
+                Err(error) => return Err(error),
+            };
+            // What any new file gets, less what the user's mask takes away.
+            let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+            let mut builder = tempfile::Builder::new();
+            builder.prefix(".hoist-").permissions(permissions);
+            let file = builder.tempfile_in(place.parent().unwrap_or(Path::new("/")))?;
+            Ok((file, place))
+        };
+        match begin() {
+            Ok((file, place)) => Ok(Self { path, file, place }),
+            Err(error) => Err(Error::Io { path, error }),
+        }
+    }
+
+    fn error(&self, error: std::io::Error) -> Error {
+        Error::Io {
+            path: self.path.clone(),
+            error,
+        }
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), Error> {
+        let written = self.file.as_file().write_all_at(bytes, offset);
+        written.map_err(|error| self.error(error))
+    }
+
+    fn keep(self) -> Result<(), Error> {
+        let Self { path, file, place } = self;
+        match file.persist(place) {
+            Ok(_) => Ok(()),
+            Err(failed) => Err(Error::Io {
+                path,
+                error: failed.error,
+            }),
+        }
+    }
+}
+
 /// Threads make and write chunks where they belong, while this one hashes them in order.
-fn write_file(
-    path: &Path,
+fn fill(
+    new: &NewFile,
     layout: &Layout,
     placed: &[Placed],
     seed: u64,
     progress: &dyn Fn(u64, u64),
+    cancelled: &dyn Fn() -> bool,
 ) -> Result<[u8; 32], Error> {
-    let io = |error| Error::Io {
-        path: path.to_owned(),
-        error,
-    };
-    let file = File::create(path).map_err(io)?;
+    let io = |error| new.error(error);
+    let file = new.file.as_file();
     file.set_len(layout.file_len).map_err(io)?;
-    file.write_all_at(&layout.header, 0).map_err(io)?;
+    new.write_at(&layout.header, 0)?;
     let mut hasher = blake3::Hasher::new();
     hasher.update(&layout.header);
     let chunks = chunks(placed);
@@ -232,7 +306,7 @@ fn write_file(
         // Chunks that are made and not hashed yet: bounded, so that memory is.
         let (made, ready) = sync_channel::<(usize, std::io::Result<Vec<u8>>)>(4 * workers);
         for _ in 0..workers {
-            let (made, file, chunks, next) = (made.clone(), &file, &chunks, &next);
+            let (made, chunks, next) = (made.clone(), &chunks, &next);
             scope.spawn(move || {
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
@@ -252,6 +326,9 @@ fn write_file(
         drop(made);
         let mut early = BTreeMap::new();
         for (i, chunk) in chunks.iter().enumerate() {
+            if cancelled() {
+                return Err(Error::Cancelled);
+            }
             let bytes = loop {
                 if let Some(bytes) = early.remove(&i) {
                     break bytes;

@@ -3,12 +3,15 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::Args;
+use hoist_core::backend::Error as BackendError;
 use hoist_synth::{Container, Mix, Options, SHAPES};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use crate::exit::{Code, Usage};
 use crate::report::{print_json, print_text, units};
+use crate::say::visible;
+use crate::watch::{catch_interrupts, interrupted};
 
 /// Write a random-weight model of a real shape: for benchmarks and tests, not for talking.
 ///
@@ -36,7 +39,7 @@ pub(crate) struct Synth {
     seed: u64,
 
     /// List the shapes
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["shape", "out"])]
     list: bool,
 }
 
@@ -75,8 +78,9 @@ impl Synth {
         bar.set_style(ProgressStyle::with_template(
             "{wide_bar} {binary_bytes:>11} of {binary_total_bytes} {binary_bytes_per_sec:>13}",
         )?);
+        catch_interrupts()?;
         let started = Instant::now();
-        let summary = hoist_synth::write(
+        let summary = hoist_synth::write_unless(
             Options {
                 shape,
                 mix,
@@ -88,12 +92,14 @@ impl Synth {
                 bar.set_length(total);
                 bar.set_position(done);
             },
+            &interrupted,
         );
         bar.finish_and_clear();
         let summary = summary.map_err(|error| match error {
             hoist_synth::Error::Io { path, error } => {
                 anyhow::Error::new(error).context(format!("writing `{}`", path.display()))
             }
+            hoist_synth::Error::Cancelled => BackendError::Cancelled.into(),
             other => Usage(other.to_string()).into(),
         })?;
         let seconds = started.elapsed().as_secs_f64();
@@ -115,7 +121,7 @@ impl Synth {
         } else {
             print_text(&format!(
                 "{}: {} in {} tensors, {rate} GB/s\nBLAKE3 {digest}\n",
-                summary.path.display(),
+                visible(&summary.path.display().to_string()),
                 units::bytes(summary.bytes),
                 summary.tensors,
             ))?;

@@ -1,6 +1,6 @@
 //! What is written where: messages, data, files.
 
-use std::fs::File;
+use std::fs::{File, read, read_dir};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::process::Stdio;
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use hoist_core::formats::Encoding;
 use hoist_tests::files::{ModelFiles, TinyLlama};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bad_input::refused;
 use crate::support::{Ran, hoist, json, on_disk, run};
@@ -129,6 +130,54 @@ fn a_plugin_at_a_path_that_is_no_unicode_is_told_of_in_json() {
     .unwrap();
     let report = json("hoist.plugin.inspect/1", &["plugin", "inspect"], &path);
     assert!(report["path"].as_str().unwrap().ends_with("lib\u{fffd}.so"));
+}
+
+fn names_in(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_synthetic_model_is_whole_or_what_was_there_before_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    std::fs::write(&path, "before").unwrap();
+    let child = hoist()
+        .args(["synth", "llama-3.1-8b"])
+        .arg(&path)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    // It is at work once its file has blocks; the file alone is only a length.
+    let blocks = || {
+        use std::os::unix::fs::MetadataExt as _;
+        let entries = read_dir(folder.path()).unwrap();
+        entries
+            .map(|e| e.unwrap().metadata().map_or(0, |m| m.blocks()))
+            .max()
+            .unwrap_or(0)
+    };
+    while blocks() < 10_000 {
+        assert!(Instant::now() < deadline, "nothing was ever written");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    refused(&child.wait_with_output().unwrap().into(), 130, &["cancelled"]);
+    assert_eq!(read(&path).unwrap(), b"before");
+    assert_eq!(names_in(folder.path()), ["model.gguf"]);
+
+    let ran = run(&["synth", "tiny-llama", folder.path().to_str().unwrap()]);
+    refused(&ran, 7, &["no regular file"]);
+    let whole = run(&["synth", "tiny-llama", path.to_str().unwrap()]);
+    assert_eq!(whole.code, Some(0), "{}", whole.stderr);
+    assert_eq!(run(&["load", "--verify", path.to_str().unwrap()]).code, Some(0));
+    assert_eq!(names_in(folder.path()), ["model.gguf"]);
 }
 
 #[test]
