@@ -9,6 +9,7 @@ mod decoding;
 mod digests;
 mod exit;
 mod models;
+mod output;
 mod report;
 mod say;
 mod watch;

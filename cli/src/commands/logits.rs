@@ -1,8 +1,7 @@
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::Args;
 use hoist_core::backend::{Error as BackendError, Outputs, Run, SequenceId, TokenBatch, Want};
 use hoist_core::text::{EncodeOptions, Tokenizer};
@@ -10,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::args::{CapacityArgs, DeviceArgs, ModelArg};
 use crate::exit::{Code, Usage};
+use crate::output::Output;
 use crate::report::table::{self, Align};
 use crate::report::{self, print_json, print_text};
 use crate::watch::{catch_interrupts, interrupted};
@@ -70,6 +70,7 @@ struct Position {
 impl Logits {
     pub(crate) fn run(&self, json: bool) -> Result<Code> {
         catch_interrupts()?;
+        let mut dump = self.dump.as_deref().map(Output::create).transpose()?;
         let opened = models::open(&self.model)?;
         let tokens = match &self.prompt {
             Some(text) => {
@@ -94,14 +95,6 @@ impl Logits {
         let backend = report::plan::backend_json(loaded.backend.info());
         let model = report::model::json(&loaded.manifest, &loaded.model);
         let decoder = loaded.prepare()?;
-        let mut dump = match &self.dump {
-            Some(path) => {
-                let file =
-                    std::fs::File::create(path).with_context(|| format!("creating `{}`", path.display()))?;
-                Some(std::io::BufWriter::new(file))
-            }
-            None => None,
-        };
         if self.twice {
             self.forward(decoder, &tokens, vocab, |_| Ok(()))?;
             for sequence in 0..self.batch {
@@ -111,9 +104,8 @@ impl Logits {
         let mut positions = Vec::with_capacity(tokens.len());
         self.forward(decoder, &tokens, vocab, |logits| {
             if let Some(dump) = &mut dump {
-                for logit in logits {
-                    dump.write_all(&logit.to_le_bytes())?;
-                }
+                let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
+                dump.append(&bytes)?;
             }
             let top = largest(logits);
             positions.push(Position {
@@ -123,8 +115,8 @@ impl Logits {
             });
             Ok(())
         })?;
-        if let Some(dump) = &mut dump {
-            dump.flush()?;
+        if let Some(dump) = dump {
+            dump.keep()?;
         }
         if json {
             print_json(&json!({

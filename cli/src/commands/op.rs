@@ -13,6 +13,7 @@ use hoist_core::backend::{
 use crate::args::DeviceArgs;
 use crate::backends;
 use crate::exit::{Code, Usage};
+use crate::output::Output;
 use crate::report::{print_json, print_text};
 
 /// Run one operation of the numerics contract over raw little-endian files, so that anyone can check it with tools of
@@ -684,5 +685,5 @@ fn le_bytes(values: &[f32]) -> Vec<u8> {
 }
 
 fn write_f32(path: &Path, values: &[f32]) -> Result<()> {
-    std::fs::write(path, le_bytes(values)).with_context(|| format!("writing `{}`", path.display()))
+    Output::write_whole(path, &le_bytes(values))
 }

@@ -142,6 +142,39 @@ fn names_in(folder: &Path) -> Vec<String> {
 }
 
 #[test]
+fn a_dump_is_whole_or_what_was_there_before_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dump");
+    let dump = path.to_str().unwrap();
+    std::fs::write(&path, "before").unwrap();
+    // The first chunk is computed, the second one holds a token that the model has not.
+    let fails = ["logits", "--tokens", "1,2,99999", "--chunk", "2", "--dump", dump];
+    assert_eq!(run(&fails).code, Some(2));
+    assert_eq!(read(&path).unwrap(), b"before");
+    assert_eq!(run(&["logits", "--tokens", "1,2", "--dump", dump]).code, Some(0));
+    assert_eq!(read(&path).unwrap().len(), 2 * 257 * 4);
+    assert_eq!(names_in(folder.path()), ["dump"]);
+    for (path, says) in [
+        ("/dev/full", "No space left"),
+        ("/nowhere/x", "No such file"),
+        ("/tmp", "directory"),
+    ] {
+        let ran = run(&["logits", "--tokens", "1,2", "--dump", path]);
+        refused(&ran, 7, &[path, says]);
+    }
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_refused_before_the_backend_is_judged() {
+    let started = Instant::now();
+    for option in ["--json-file", "--junit", "--html"] {
+        let ran = run(&["conform", "cpu", "--seed", "1", option, "/nowhere/report"]);
+        refused(&ran, 7, &["creating `/nowhere/report`"]);
+    }
+    assert!(started.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
 fn a_synthetic_model_is_whole_or_what_was_there_before_stays() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
@@ -177,6 +210,22 @@ fn a_synthetic_model_is_whole_or_what_was_there_before_stays() {
     let whole = run(&["synth", "tiny-llama", path.to_str().unwrap()]);
     assert_eq!(whole.code, Some(0), "{}", whole.stderr);
     assert_eq!(run(&["load", "--verify", path.to_str().unwrap()]).code, Some(0));
+    assert_eq!(names_in(folder.path()), ["model.gguf"]);
+}
+
+#[test]
+fn a_model_that_cannot_be_opened_makes_no_dump() {
+    let (folder, path) = on_disk(&ModelFiles::single("model.gguf", b"GGUF".to_vec()));
+    let dump = folder.path().join("dump");
+    let arguments = [
+        "logits",
+        "--tokens",
+        "1",
+        "--dump",
+        dump.to_str().unwrap(),
+        path.to_str().unwrap(),
+    ];
+    assert_eq!(run(&arguments).code, Some(3));
     assert_eq!(names_in(folder.path()), ["model.gguf"]);
 }
 

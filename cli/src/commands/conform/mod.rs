@@ -18,6 +18,7 @@ use hoist_conformance::worker::{self, Job};
 use serde_json::json;
 
 use crate::exit::{Code, Usage};
+use crate::output::Output;
 use crate::report::table::{self, Align};
 use crate::report::{print_data, print_json, print_text};
 use crate::say::{line, say, visible_lines};
@@ -95,6 +96,13 @@ impl Conform {
         if self.list {
             return list(&options, json);
         }
+        // What cannot be written is said before the backend is asked anything.
+        let create = |path: &Option<PathBuf>| path.as_deref().map(Output::create).transpose();
+        let (json_file, junit_file, html_file) = (
+            create(&self.json_file)?,
+            create(&self.junit)?,
+            create(&self.html)?,
+        );
         let report = match self.judge(&options) {
             Err(error) => match error.downcast::<runner::Error>() {
                 Ok(error @ runner::Error::EmptySelection { .. }) => {
@@ -107,13 +115,14 @@ impl Conform {
             Ok(report) => report,
         };
         let files = [
-            (&self.json_file, report.json()?),
-            (&self.junit, junit(&report)),
-            (&self.html, html(&report)),
+            (json_file, report.json()?),
+            (junit_file, junit(&report)),
+            (html_file, html(&report)),
         ];
-        for (path, text) in files {
-            if let Some(path) = path {
-                std::fs::write(path, text).with_context(|| format!("writing `{}`", path.display()))?;
+        for (file, text) in files {
+            if let Some(mut file) = file {
+                file.append(text.as_bytes())?;
+                file.keep()?;
             }
         }
         if json {
