@@ -1,3 +1,4 @@
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -223,7 +224,8 @@ impl Matmul {
         let weights = read(&self.weights)?;
         let row_bytes = self.encoding.row_bytes(self.cols.into())? as usize;
         let prefix = self.encoding.matrix_prefix_bytes() as usize;
-        expect_len(&self.weights, weights.len(), prefix + rows * row_bytes)?;
+        let expected = rows.checked_mul(row_bytes).and_then(|n| n.checked_add(prefix));
+        expect_len(&self.weights, weights.len(), expected.unwrap_or(usize::MAX))?;
         let x = read_f32(&self.io.input, cols)?;
         let n = x.len() / cols;
         let mut y = vec![0f32; n * rows];
@@ -264,7 +266,7 @@ impl Matmul {
             });
             // As many vectors at a time as the tile has rows: the table of inputs is as long as the output is wide.
             for (i, x) in x.chunks(height * cols).enumerate() {
-                let table = f32_table(x, height, cols);
+                let table = f32_table(x, height, cols)?;
                 let part = run_program(
                     &self.io.device,
                     table,
@@ -306,11 +308,12 @@ impl Dequantize {
         }
         let mut out = Vec::with_capacity(body / row_bytes * cols);
         // As many rows at a time as a row is wide: the table is as long as the output is wide.
-        for rows in bytes[prefix..].chunks(cols * row_bytes) {
+        let table_bytes = table_len(cols, row_bytes)?;
+        for rows in bytes[prefix..].chunks(table_bytes) {
             let n = rows.len() / row_bytes;
             let mut table = bytes[..prefix].to_vec();
             table.extend_from_slice(rows);
-            table.resize(prefix + cols * row_bytes, 0);
+            table.resize(prefix + table_bytes, 0);
             let class = WeightClass::of_matrix(self.encoding);
             let shape = Shape::matrix(cols as u64, cols as u64);
             let table = Weight::new(Role::TokenEmbd, class, self.encoding, shape, table);
@@ -327,6 +330,8 @@ impl Norm {
         if self.bias.is_some() && !layer {
             return Err(Usage("an RMS norm has no bias".into()).into());
         }
+        // Before anything is made as wide as --cols says.
+        let x = read_f32(&self.io.input, cols)?;
         let vector = |path: &Option<PathBuf>, fill: f32| -> Result<Vec<f32>> {
             let Some(path) = path else {
                 return Ok(vec![fill; cols]);
@@ -378,7 +383,7 @@ impl Norm {
                 vec![gains],
             )
         };
-        each_tile(&self.io, cols, &values, &[op], &weights)
+        tiles(&self.io.device, &x, cols, &values, &[op], &weights)
     }
 }
 
@@ -405,17 +410,6 @@ fn unary(io: &InOut, op: impl Fn(ValueId, ValueId) -> OpKind) -> Result<Vec<f32>
     Ok(y)
 }
 
-fn each_tile(
-    io: &InOut,
-    cols: usize,
-    values: &[ValueSpec],
-    ops: &[OpKind],
-    weights: &[Weight],
-) -> Result<Vec<f32>> {
-    let x = read_f32(&io.input, cols)?;
-    tiles(&io.device, &x, cols, values, ops, weights)
-}
-
 /// Runs operations that keep the width, as many vectors at a time as a vector is wide.
 fn tiles(
     device: &DeviceArgs,
@@ -427,7 +421,7 @@ fn tiles(
 ) -> Result<Vec<f32>> {
     let mut y = Vec::with_capacity(x.len());
     for x in x.chunks(cols * cols) {
-        let table = f32_table(x, cols, cols);
+        let table = f32_table(x, cols, cols)?;
         y.extend(run_program(
             device,
             table,
@@ -484,11 +478,31 @@ impl Weight {
 }
 
 /// Vectors as an embedding table of `rows` rows, padded with zeros.
-fn f32_table(x: &[f32], rows: usize, cols: usize) -> Weight {
+fn f32_table(x: &[f32], rows: usize, cols: usize) -> Result<Weight> {
+    let len = table_len(rows, 4 * cols)?;
     let mut bytes = le_bytes(x);
-    bytes.resize(rows * cols * 4, 0);
+    bytes.resize(len, 0);
     let shape = Shape::matrix(rows as u64, cols as u64);
-    Weight::new(Role::TokenEmbd, WeightClass::Float, Encoding::F32, shape, bytes)
+    Ok(Weight::new(
+        Role::TokenEmbd,
+        WeightClass::Float,
+        Encoding::F32,
+        shape,
+        bytes,
+    ))
+}
+
+/// Bytes of a table of inputs.
+fn table_len(rows: usize, row_bytes: usize) -> Result<usize> {
+    /// The table is as long as it is wide, however few vectors there are.
+    const MAX: usize = 2 << 30;
+    let len = rows.checked_mul(row_bytes).filter(|len| *len <= MAX);
+    len.ok_or_else(|| {
+        Usage(format!(
+            "{rows} rows of {row_bytes} bytes are a table of more than {MAX} bytes, the most that an operation takes; see --cols"
+        ))
+        .into()
+    })
 }
 
 /// Runs a program of one step: rows 0 to `n` of a table, through operations, out as if they were logits.
@@ -650,7 +664,22 @@ impl WeightSource for InMemory {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).with_context(|| format!("reading `{}`", path.display()))
+    /// Of what is no file, such as a pipe: a device gives bytes for ever.
+    const MAX: u64 = 1 << 30;
+    let file = || -> std::io::Result<Vec<u8>> {
+        let file = std::fs::File::open(path)?;
+        let mut bytes = Vec::new();
+        let known = file.metadata()?.is_file();
+        file.take(if known { u64::MAX } else { MAX + 1 })
+            .read_to_end(&mut bytes)?;
+        if !known && bytes.len() as u64 > MAX {
+            return Err(std::io::Error::other(format!(
+                "it is no file and gives more than {MAX} bytes"
+            )));
+        }
+        Ok(bytes)
+    };
+    file().with_context(|| format!("reading `{}`", path.display()))
 }
 
 fn read_f32(path: &Path, cols: usize) -> Result<Vec<f32>> {

@@ -148,3 +148,61 @@ fn files_of_the_wrong_size_are_refused() {
     assert!(ran.stderr.contains("260 bytes"), "{}", ran.stderr);
     assert!(!out.exists());
 }
+
+#[test]
+fn numbers_that_no_memory_holds_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("x");
+    std::fs::write(&input, vec![0u8; 1 << 20]).unwrap();
+    let (input, output) = (input.to_str().unwrap(), folder.path().join("y"));
+    let files = ["--input", input, "--output", output.to_str().unwrap()];
+    let most = "4294967295";
+    let half = "2147483648";
+    for arguments in [
+        &["rms_norm", "--cols", most][..],
+        &["rms_norm", "--cols", "262144"],
+        &["layer_norm", "--cols", "131072"],
+        &["dequantize", "--encoding", "f32", "--cols", "262144"],
+        &["dequantize", "--encoding", "q8_0", "--cols", "4294967264"],
+        &[
+            "matmul",
+            "--encoding",
+            "f32",
+            "--rows",
+            most,
+            "--cols",
+            most,
+            "--weights",
+            "/dev/null",
+        ],
+        &[
+            "matmul",
+            "--encoding",
+            "f32",
+            "--rows",
+            half,
+            "--cols",
+            half,
+            "--weights",
+            "/dev/null",
+        ],
+    ] {
+        let ran = run(&[&["op"], arguments, &files].concat());
+        assert_eq!(ran.code, Some(2), "{arguments:?}: {}", ran.stderr);
+        assert!(ran.stderr.starts_with("error: "), "{}", ran.stderr);
+        assert!(!output.exists());
+    }
+    assert_eq!(
+        run(&[&["op", "rms_norm", "--cols", "4096"], &files[..]].concat()).code,
+        Some(0)
+    );
+    let endless = [
+        "op",
+        "silu",
+        "--input",
+        "/dev/zero",
+        "--output",
+        output.to_str().unwrap(),
+    ];
+    assert_eq!(run(&endless).code, Some(7));
+}
