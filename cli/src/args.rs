@@ -39,10 +39,10 @@ pub(crate) struct DeviceArgs {
           value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) isolate_limit: u64,
 
-    /// Longest time for trying out a plugin given by path, in a process that is thrown away
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, conflicts_with = "isolate",
+    /// Longest time for trying out a plugin given by path, in a process that is thrown away [default: 30]
+    #[arg(long, value_name = "SECONDS", conflicts_with = "isolate",
           value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) probe_limit: u64,
+    pub(crate) probe_limit: Option<u64>,
 
     /// Layout of float matrices, whatever the backend prefers; a test switch
     #[arg(long, value_name = "LAYOUT", value_enum, hide = true)]
@@ -74,20 +74,12 @@ impl DeviceArgs {
     }
 }
 
-/// How much is to be decoded at once.
+/// How long a sequence may be, for commands that say themselves how many there are.
 #[derive(Args, Clone, Debug)]
-pub(crate) struct CapacityArgs {
+pub(crate) struct ContextArgs {
     /// Positions of a sequence [default: 4096, or the model's own if that is less]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) context: Option<u32>,
-
-    /// Sequences
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) sequences: u32,
-
-    /// Most tokens of one batch [default: 128, or all positions if that is less]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) batch_tokens: Option<u32>,
 
     /// How keys and values are stored; f32 is a test switch outside the contract
     #[arg(long, value_name = "DTYPE", value_enum, default_value = "f16", hide = true)]
@@ -103,17 +95,71 @@ pub(crate) enum Kv {
     F32,
 }
 
-impl CapacityArgs {
-    /// As the orchestrator names them.
+impl ContextArgs {
+    /// As the orchestrator names them: one sequence.
     pub(crate) fn decode_options(&self) -> DecodeOptions {
         DecodeOptions {
             context: self.context,
-            sequences: self.sequences,
-            batch_tokens: self.batch_tokens,
+            sequences: 1,
+            batch_tokens: None,
             kv: match self.kv {
                 Kv::F16 => KvDtype::F16,
                 Kv::F32 => KvDtype::F32,
             },
+        }
+    }
+}
+
+/// As [`ContextArgs`], and how many tokens are taken at once.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct BatchArgs {
+    #[command(flatten)]
+    context: ContextArgs,
+
+    /// Most tokens of one batch [default: 128, or all positions if that is less]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    batch_tokens: Option<u32>,
+}
+
+impl BatchArgs {
+    /// As the orchestrator names them: one sequence.
+    pub(crate) fn decode_options(&self) -> DecodeOptions {
+        DecodeOptions {
+            batch_tokens: self.batch_tokens,
+            ..self.context.decode_options()
+        }
+    }
+}
+
+/// How much is to be decoded at once.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct CapacityArgs {
+    #[command(flatten)]
+    batch: BatchArgs,
+
+    /// Sequences
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    sequences: u32,
+}
+
+impl CapacityArgs {
+    /// Whether anything but the defaults is asked for.
+    pub(crate) fn is_given(&self) -> bool {
+        let defaults = DecodeOptions::default();
+        let DecodeOptions {
+            context,
+            sequences,
+            batch_tokens,
+            ..
+        } = self.decode_options();
+        (context, sequences, batch_tokens) != (defaults.context, defaults.sequences, defaults.batch_tokens)
+    }
+
+    /// As the orchestrator names them.
+    pub(crate) fn decode_options(&self) -> DecodeOptions {
+        DecodeOptions {
+            sequences: self.sequences,
+            ..self.batch.decode_options()
         }
     }
 }

@@ -35,12 +35,15 @@ pub(crate) fn select(device: &DeviceArgs) -> Result<Selected> {
     let name = device.backend.as_str();
     if let Some(plugin) = name.strip_prefix("plugin:") {
         let limit = Duration::from_secs(device.isolate_limit);
-        let probe_limit = Duration::from_secs(device.probe_limit);
+        let probe_limit = device.probe_limit.map(Duration::from_secs);
         return select_plugin(plugin, device.isolate.then_some(limit), probe_limit);
     }
     let backend = name.split_once(':').map_or(name, |(backend, _)| backend);
     if device.isolate {
         return Err(crate::exit::Usage("--isolate is for plugins".into()).into());
+    }
+    if device.probe_limit.is_some() {
+        return Err(crate::exit::Usage("--probe-limit is for plugins given by path".into()).into());
     }
     let unavailable = |reason: String, hint: String| Error::Unavailable {
         backend: name.to_owned(),
@@ -189,7 +192,7 @@ pub(crate) fn devices() -> Vec<(String, Result<Vec<DeviceInfo>, Error>)> {
 pub(crate) const PROBE_LIMIT: Duration = Duration::from_secs(30);
 
 /// `isolate`: in a process of its own, where a call may take that long.
-fn select_plugin(name: &str, isolate: Option<Duration>, probe_limit: Duration) -> Result<Selected> {
+fn select_plugin(name: &str, isolate: Option<Duration>, probe_limit: Option<Duration>) -> Result<Selected> {
     let (place, ordinal) = match name.rsplit_once('#') {
         Some((place, ordinal)) => match ordinal.parse() {
             Ok(ordinal) => (place, ordinal),
@@ -201,8 +204,10 @@ fn select_plugin(name: &str, isolate: Option<Duration>, probe_limit: Duration) -
     let (candidate, probe) = if place.contains('/') {
         (
             Candidate::open(&absolute(Path::new(place))?)?,
-            probe(probe_limit)?,
+            probe(probe_limit.unwrap_or(PROBE_LIMIT))?,
         )
+    } else if probe_limit.is_some() {
+        return Err(crate::exit::Usage("--probe-limit is for plugins given by path".into()).into());
     } else {
         let lockfile = lockfile()?;
         let candidate = Lockfile::read(&lockfile)?.open(place, &lockfile)?;

@@ -1,6 +1,9 @@
 //! What the commands that decode share: text to tokens, a model ready to run, tokens through it in chunks.
 
-use anyhow::Result;
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
 use hoist_core::backend::{DecodeBackend, Outputs, Run, SequenceId, TokenBatch, Want};
 use hoist_core::orchestrator::{DecodeOptions, LoadedModel, OpenedModel, SessionOptions};
 use hoist_core::text::{EncodeOptions, Tokenizer};
@@ -21,6 +24,45 @@ pub(crate) fn load(opened: OpenedModel, device: &DeviceArgs, decode: DecodeOptio
         watch: &bar,
     };
     Ok(opened.load(backend, &options)?)
+}
+
+/// Longest prompt that is read: no model's context holds more.
+pub(crate) const MAX_PROMPT: u64 = 16 << 20;
+
+/// A prompt as it was typed; `-` stands for standard input.
+pub(crate) fn typed(prompt: &str) -> Result<String> {
+    if prompt == "-" {
+        return text_of(&mut std::io::stdin().lock(), "standard input", MAX_PROMPT);
+    }
+    Ok(prompt.to_owned())
+}
+
+/// A text file, of at most `limit` bytes.
+pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String> {
+    let what = format!("`{}`", path.display());
+    let mut file = std::fs::File::open(path).with_context(|| format!("reading {what}"))?;
+    text_of(&mut file, &what, limit)
+}
+
+/// All that can be read, if it is UTF-8 and at most `limit` bytes.
+pub(crate) fn text_of(from: &mut dyn Read, what: &str, limit: u64) -> Result<String> {
+    let mut bytes = Vec::new();
+    from.take(limit.saturating_add(1))
+        .read_to_end(&mut bytes)
+        .with_context(|| format!("reading {what}"))?;
+    if bytes.len() as u64 > limit {
+        return Err(Usage(format!(
+            "{what} is no text for this: it has more than {limit} bytes"
+        ))
+        .into());
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        Usage(format!(
+            "{what} is no UTF-8 text: at byte {at} there is no character"
+        ))
+        .into()
+    })
 }
 
 /// The tokens of a prompt; at least one.

@@ -224,8 +224,8 @@ fn hint_of(error: &anyhow::Error) -> Option<String> {
                 LoadError::Format(error) => hint_of_format(error),
                 LoadError::Model(error) => hint_of_model(error),
                 LoadError::DoesNotFit { .. } => Some(
-                    "`hoist plan` shows what takes how much; --context and --sequences make keys and values smaller, \
-                     --import maps weights instead of copying them"
+                    "`hoist plan` shows what takes how much; a smaller --context takes less for keys and values, --import maps \
+                     weights instead of copying them"
                         .into(),
                 ),
                 _ => None,

@@ -12,13 +12,7 @@ const CASES: &[(&str, &str, usize, &[&str], &str)] = &[
     ("tiny-qwen2", "q5_k", 4, &["--chunk", "1"], "1"),
     ("tiny-mistral", "q8_0", 4, &["--chunk", "1"], "1"),
     ("tiny-llama", "q4_k_m", 3, &["--chunk", "1"], "0"),
-    (
-        "tiny-llama",
-        "q4_k_m",
-        9,
-        &["--chunk", "3", "--batch", "3", "--sequences", "3"],
-        "1",
-    ),
+    ("tiny-llama", "q4_k_m", 9, &["--chunk", "3", "--batch", "3"], "1"),
     ("tiny-llama", "q4_k_m", 70, &["--chunk", "70"], "1"),
     ("tiny-llama", "q8_0", 70, &["--chunk", "70"], "1"),
 ];

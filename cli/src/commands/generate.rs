@@ -1,8 +1,7 @@
-use std::io::Read as _;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::Args;
 use hoist_core::backend::{Error as BackendError, Outputs, SequenceId, Want};
 use hoist_core::text::{
@@ -11,7 +10,7 @@ use hoist_core::text::{
 };
 use serde_json::json;
 
-use crate::args::{CapacityArgs, DeviceArgs, ModelArg};
+use crate::args::{BatchArgs, DeviceArgs, ModelArg};
 use crate::exit::{Code, Usage};
 use crate::report::{self, print_data, print_json, units};
 use crate::say::say;
@@ -25,7 +24,13 @@ pub(crate) struct Generate {
     model: ModelArg,
 
     /// The text to continue; `-` reads standard input
-    #[arg(short, long, value_name = "TEXT", required_unless_present = "prompt_file")]
+    #[arg(
+        short,
+        long,
+        value_name = "TEXT",
+        required_unless_present = "prompt_file",
+        allow_hyphen_values = true
+    )]
     prompt: Option<String>,
 
     /// A file with the text to continue
@@ -41,7 +46,7 @@ pub(crate) struct Generate {
     chat: bool,
 
     /// System message of the chat
-    #[arg(long, value_name = "TEXT", requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     system: Option<String>,
 
     /// Go on after the model ended its text
@@ -49,7 +54,7 @@ pub(crate) struct Generate {
     ignore_end: bool,
 
     /// 0 takes the most likely token always; larger evens chances out
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     temp: f64,
 
     /// Draw from the so many most likely tokens only; 0 for all
@@ -57,15 +62,15 @@ pub(crate) struct Generate {
     top_k: usize,
 
     /// Draw from the most likely tokens that together have this probability only
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f64,
 
     /// Draw only from tokens at least this share as likely as the most likely one
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
     min_p: f64,
 
     /// Makes recent tokens less likely; 1 for no penalty
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
     repeat_penalty: f64,
 
     /// How many tokens count as recent
@@ -80,7 +85,7 @@ pub(crate) struct Generate {
     device: DeviceArgs,
 
     #[command(flatten)]
-    capacity: CapacityArgs,
+    capacity: BatchArgs,
 }
 
 /// Why no more tokens came.
@@ -103,7 +108,6 @@ impl Stop {
 
 impl Generate {
     pub(crate) fn run(&self, json: bool) -> Result<Code> {
-        catch_interrupts()?;
         let mut sampler = Sampler::new(SamplerOptions {
             temperature: self.temp,
             top_k: self.top_k,
@@ -113,12 +117,16 @@ impl Generate {
             repetition_window: self.repeat_window,
             seed: self.seed,
         })?;
+        self.note_unused();
         // With no penalty the greedy choice is the arg-max, which a backend can make where the logits are.
         let greedy = self.temp == 0.0 && self.repeat_penalty == 1.0;
+        let text = self.prompt_text()?;
+        // Not earlier: a request to stop is heeded at once while the prompt is being typed.
+        catch_interrupts()?;
         let started = Instant::now();
         let opened = models::open(&self.model)?;
         let tokenizer = Tokenizer::from_manifest(&opened.manifest)?;
-        let prompt = self.prompt_tokens(&tokenizer, &opened.manifest)?;
+        let prompt = self.prompt_tokens(text, &tokenizer, &opened.manifest)?;
         let mut decode = self.capacity.decode_options();
         decoding::widen(&mut decode, &opened, prompt.len().saturating_add(self.n as usize));
         let capacity = opened.capacity(&decode);
@@ -166,6 +174,8 @@ impl Generate {
         let mut tokens = Vec::new();
         let mut stop = Stop::Length;
         let started = Instant::now();
+        // The first token comes with the prompt.
+        let mut steps = 0u32;
         while (tokens.len() as u32) < self.n {
             if interrupted() {
                 return Err(BackendError::Cancelled.into());
@@ -193,12 +203,17 @@ impl Generate {
             }
             if (tokens.len() as u32) < self.n {
                 decoding::step(decoder, sequence, token, want, &mut out)?;
+                steps += 1;
             }
         }
         let decode_time = started.elapsed();
         let before = text.len();
         stream.finish(&mut text);
         if json {
+            // Of what was not done there is no speed.
+            let rate = |tokens: usize, time: Duration| {
+                (tokens > 0).then(|| units::rounded(tokens as f64 / time.as_secs_f64().max(1e-9), 2))
+            };
             print_json(&json!({
                 "schema": "hoist.generate/1",
                 "model": model,
@@ -211,8 +226,8 @@ impl Generate {
                     "load_ms": units::ms(load_time),
                     "prompt_ms": units::ms(prompt_time),
                     "decode_ms": units::ms(decode_time),
-                    "prompt_tok_s": units::rounded(prompt.len() as f64 / prompt_time.as_secs_f64().max(1e-9), 2),
-                    "decode_tok_s": units::rounded(tokens.len() as f64 / decode_time.as_secs_f64().max(1e-9), 2),
+                    "prompt_tok_s": rate(if self.n > 0 { prompt.len() } else { 0 }, prompt_time),
+                    "decode_tok_s": rate(steps as usize, decode_time),
                 },
             }))?;
         } else {
@@ -229,10 +244,10 @@ impl Generate {
 
     fn prompt_tokens(
         &self,
+        text: String,
         tokenizer: &Tokenizer,
         manifest: &hoist_core::formats::Manifest,
     ) -> Result<Vec<u32>> {
-        let text = self.prompt_text()?;
         if !self.chat {
             let options = EncodeOptions {
                 add_special: true,
@@ -272,14 +287,27 @@ impl Generate {
                 );
             }
         };
+        if self.temp == 0.0 {
+            let drawing = [
+                ("--top-k", self.top_k != 0),
+                ("--top-p", self.top_p != 1.0),
+                ("--min-p", self.min_p != 0.0),
+                ("--seed", self.seed != 0),
+            ];
+            note(&drawing, "nothing is drawn at a --temp of 0");
+        }
+        if self.repeat_penalty == 1.0 {
+            note(
+                &[("--repeat-window", self.repeat_window != 64)],
+                "there is no --repeat-penalty",
+            );
+        }
+    }
+
+    fn prompt_text(&self) -> Result<String> {
         match (&self.prompt, &self.prompt_file) {
-            (Some(dash), _) if dash == "-" => {
-                read(&mut std::io::stdin().lock()).context("reading standard input")
-            }
-            (Some(text), _) => Ok(text.clone()),
-            (None, Some(path)) => std::fs::File::open(path)
-                .and_then(|mut file| read(&mut file))
-                .with_context(|| format!("reading `{}`", path.display())),
+            (Some(text), _) => decoding::typed(text),
+            (None, Some(path)) => decoding::read_text(path, decoding::MAX_PROMPT),
             (None, None) => Err(Usage("there is no prompt".into()).into()),
         }
     }

@@ -8,7 +8,7 @@ use hoist_core::orchestrator::OpenedModel;
 use serde_json::{Value, json};
 
 use crate::args::{CapacityArgs, ModelArg};
-use crate::exit::Code;
+use crate::exit::{Code, Usage};
 use crate::models;
 use crate::report::table::{self, Align};
 use crate::report::{self, print_json, print_text, units};
@@ -28,7 +28,7 @@ pub(crate) struct Inspect {
     capacity: CapacityArgs,
 
     /// Give arrays of metadata in full
-    #[arg(long)]
+    #[arg(long, conflicts_with = "program")]
     full: bool,
 }
 
@@ -36,6 +36,9 @@ impl Inspect {
     pub(crate) fn run(&self, json: bool) -> Result<Code> {
         if self.program {
             return self.show_program(json);
+        }
+        if self.capacity.is_given() {
+            return Err(Usage("--context, --sequences and --batch-tokens are for --program".into()).into());
         }
         let manifest = models::manifest(&self.model)?;
         // A file that is no model Hoist knows can still be looked at.

@@ -7,8 +7,8 @@ use hoist_core::backend::{Error as BackendError, Outputs, Run, SequenceId, Token
 use hoist_core::text::{EncodeOptions, Tokenizer};
 use serde_json::{Value, json};
 
-use crate::args::{CapacityArgs, DeviceArgs, ModelArg};
-use crate::exit::{Code, Usage};
+use crate::args::{ContextArgs, DeviceArgs, ModelArg};
+use crate::exit::Code;
 use crate::output::Output;
 use crate::report::table::{self, Align};
 use crate::report::{self, print_json, print_text};
@@ -34,8 +34,14 @@ pub(crate) struct Logits {
     )]
     tokens: Vec<u32>,
 
-    /// A text, instead of tokens
-    #[arg(short, long, value_name = "TEXT", conflicts_with = "tokens")]
+    /// A text, instead of tokens; `-` reads standard input
+    #[arg(
+        short,
+        long,
+        value_name = "TEXT",
+        conflicts_with = "tokens",
+        allow_hyphen_values = true
+    )]
     prompt: Option<String>,
 
     /// Tokens of one batch; changes no bit
@@ -58,7 +64,7 @@ pub(crate) struct Logits {
     device: DeviceArgs,
 
     #[command(flatten)]
-    capacity: CapacityArgs,
+    context: ContextArgs,
 }
 
 struct Position {
@@ -69,10 +75,12 @@ struct Position {
 
 impl Logits {
     pub(crate) fn run(&self, json: bool) -> Result<Code> {
+        let prompt = self.prompt.as_deref().map(decoding::typed).transpose()?;
+        // Not earlier: a request to stop is heeded at once while the prompt is being typed.
         catch_interrupts()?;
         let mut dump = self.dump.as_deref().map(Output::create).transpose()?;
         let opened = models::open(&self.model)?;
-        let tokens = match &self.prompt {
+        let tokens = match &prompt {
             Some(text) => {
                 let tokenizer = Tokenizer::from_manifest(&opened.manifest)?;
                 let options = EncodeOptions {
@@ -83,10 +91,7 @@ impl Logits {
             }
             None => self.tokens.clone(),
         };
-        let mut decode = self.capacity.decode_options();
-        if decode.sequences > self.batch {
-            return Err(Usage("--batch says how many sequences there are".into()).into());
-        }
+        let mut decode = self.context.decode_options();
         decode.sequences = self.batch;
         decode.batch_tokens = Some(self.chunk.saturating_mul(self.batch));
         decoding::widen(&mut decode, &opened, tokens.len());

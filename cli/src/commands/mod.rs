@@ -37,8 +37,9 @@ pub(crate) struct Program {
 }
 
 const AFTER_HELP: &str = "\
-Exit codes: 0 done · 1 the answer is no (does not fit, differs) · 2 usage · 3 bad model file · 4 backend or device
-unavailable · 5 out of memory · 6 plugin rejected · 7 reading or writing failed · 70 a bug · 130 interrupted";
+Exit codes: 0 done · 1 the answer is no (does not fit, differs) · 2 usage · 3 bad model file · \
+4 backend or device unavailable · 5 out of memory · 6 plugin rejected · 7 reading or writing failed · 70 a bug · \
+130 interrupted";
 
 #[derive(Debug, Subcommand)]
 enum Command {

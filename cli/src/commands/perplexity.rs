@@ -1,13 +1,13 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::Args;
 use hoist_core::backend::{Error as BackendError, Outputs, Run, SequenceId, TokenBatch, Want};
-use hoist_core::text::{EncodeOptions, Tokenizer};
+use hoist_core::text::{EncodeOptions, MAX_TEXT_BYTES, Tokenizer};
 use serde_json::json;
 
-use crate::args::{CapacityArgs, DeviceArgs};
+use crate::args::{ContextArgs, DeviceArgs};
 use crate::exit::{Code, Usage};
 use crate::report::{self, print_json, print_text, units};
 use crate::watch::{catch_interrupts, interrupted};
@@ -39,27 +39,18 @@ pub(crate) struct Perplexity {
     device: DeviceArgs,
 
     #[command(flatten)]
-    capacity: CapacityArgs,
+    context: ContextArgs,
 }
 
 /// Positions of a window where nothing else is asked for.
 const DEFAULT_WINDOW: u32 = 512;
 /// Longest text that is read.
-const MAX_TEXT: u64 = 1 << 30;
+const MAX_TEXT: u64 = MAX_TEXT_BYTES as u64;
 
 impl Perplexity {
     pub(crate) fn run(&self, json: bool) -> Result<Code> {
         catch_interrupts()?;
-        let read = || -> std::io::Result<String> {
-            let len = std::fs::metadata(&self.text)?.len();
-            if len > MAX_TEXT {
-                return Err(std::io::Error::other(format!(
-                    "it has {len} bytes; at most {MAX_TEXT} are read"
-                )));
-            }
-            std::fs::read_to_string(&self.text)
-        };
-        let text = read().with_context(|| format!("reading `{}`", self.text.display()))?;
+        let text = decoding::read_text(&self.text, MAX_TEXT)?;
         let opened = models::open(&crate::args::ModelArg {
             file: Some(self.file.clone()),
         })?;
@@ -68,11 +59,17 @@ impl Perplexity {
             add_special: true,
             parse_special: false,
         };
-        let tokens = decoding::encode(&tokenizer, &text, options)?;
-        let mut decode = self.capacity.decode_options();
+        let tokens = tokenizer.encode(&text, options)?;
+        let mut decode = self.context.decode_options();
         let window = decode
             .context
             .unwrap_or(DEFAULT_WINDOW.min(opened.model.hyper.context_length));
+        if window < 2 {
+            return Err(Usage(format!(
+                "a context of {window} leaves nothing to predict: the first token of a window is given"
+            ))
+            .into());
+        }
         decode.context = Some(window);
         decode.batch_tokens = Some(self.chunk);
         let windows: Vec<&[u32]> = tokens

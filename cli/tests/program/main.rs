@@ -11,5 +11,7 @@ mod help;
 mod interrupted;
 mod load;
 mod op;
+mod options;
 mod output;
+mod prompts;
 mod support;
