@@ -32,6 +32,17 @@ impl Output {
         })
     }
 
+    /// Refuses a path that cannot be written, and leaves everything as it is: for commands that may be ended by a signal
+    /// before they have anything to write.
+    pub(crate) fn check(path: &Path) -> Result<()> {
+        // Opening a pipe would wait for its reader and then leave it.
+        let special = std::fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir());
+        if special {
+            return Ok(());
+        }
+        Self::create(path).map(drop)
+    }
+
     /// Puts what was written at the path.
     pub(crate) fn keep(mut self) -> Result<()> {
         self.flush()

@@ -1,6 +1,7 @@
 //! What is written where: messages, data, files.
 
 use std::fs::{File, read, read_dir};
+use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::process::Stdio;
@@ -172,6 +173,25 @@ fn a_report_that_cannot_be_written_is_refused_before_the_backend_is_judged() {
         refused(&ran, 7, &["creating `/nowhere/report`"]);
     }
     assert!(started.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn an_interrupted_judgement_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = hoist()
+        .args(["conform", "cpu", "--json-file"])
+        .arg(folder.path().join("report.json"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The seed is told once the paths have been looked at.
+    let mut told = [0; 4];
+    child.stderr.as_mut().unwrap().read_exact(&mut told).unwrap();
+    assert_eq!(&told, b"seed");
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    child.wait().unwrap();
+    assert_eq!(names_in(folder.path()), [""; 0]);
 }
 
 #[test]

@@ -97,12 +97,9 @@ impl Conform {
             return list(&options, json);
         }
         // What cannot be written is said before the backend is asked anything.
-        let create = |path: &Option<PathBuf>| path.as_deref().map(Output::create).transpose();
-        let (json_file, junit_file, html_file) = (
-            create(&self.json_file)?,
-            create(&self.junit)?,
-            create(&self.html)?,
-        );
+        for path in [&self.json_file, &self.junit, &self.html].into_iter().flatten() {
+            Output::check(path)?;
+        }
         let report = match self.judge(&options) {
             Err(error) => match error.downcast::<runner::Error>() {
                 Ok(error @ runner::Error::EmptySelection { .. }) => {
@@ -115,14 +112,13 @@ impl Conform {
             Ok(report) => report,
         };
         let files = [
-            (json_file, report.json()?),
-            (junit_file, junit(&report)),
-            (html_file, html(&report)),
+            (&self.json_file, report.json()?),
+            (&self.junit, junit(&report)),
+            (&self.html, html(&report)),
         ];
-        for (file, text) in files {
-            if let Some(mut file) = file {
-                file.append(text.as_bytes())?;
-                file.keep()?;
+        for (path, text) in files {
+            if let Some(path) = path {
+                Output::write_whole(path, text.as_bytes())?;
             }
         }
         if json {
