@@ -39,8 +39,8 @@
 // Oldest minor this crate can speak.
 #define HOIST_ABI_MINOR_MIN 1
 
-// Newest minor this crate can speak. Minors only append.
-#define HOIST_ABI_MINOR_MAX 1
+// Newest minor this crate can speak. Minors only append: 2 has `Caps::max_row_bytes`.
+#define HOIST_ABI_MINOR_MAX 2
 
 // A panic or exception in the plugin ends the process.
 #define HOIST_FLAG_PANIC_ABORT 1
@@ -227,6 +227,8 @@ typedef struct hoist_caps {
     uint64_t quantized_row_bytes;
     uint64_t quantized_segment_bytes;
     uint64_t index_entry_bytes;
+    // Most canonical bytes of one row of a weight, a vector being one row; 0: no limit. Since minor 2.
+    uint64_t max_row_bytes;
 } hoist_caps;
 
 // Memory of one device, in bytes.

@@ -243,6 +243,45 @@ fn a_library_that_breaks_a_rule_is_refused_by_name_and_rule() {
     }
 }
 
+/// The model of the program has rows of 1024 bytes at most, its norm vectors: a limit of as many changes nothing, and neither does a lower one that
+/// a plugin of the first minor cannot say.
+#[test]
+fn a_plan_refuses_a_row_above_a_plugins_limit() {
+    let Some(built) = built() else { return };
+    for (name, defines, agreed, refused) in [
+        ("none", &[][..], 2, false),
+        ("fits", &["-DMAX_ROW_BYTES=LONGEST"], 2, false),
+        ("short", &["-DMAX_ROW_BYTES=(LONGEST-1)"], 2, true),
+        ("old", &["-DMAX_ROW_BYTES=(LONGEST-1)", "-DMINOR_1"], 1, false),
+    ] {
+        let library = built.path(&format!("libfaulty-rows-{name}.so"));
+        compile(
+            "faulty/faulty.c",
+            &library,
+            &[defines, &["-DLONGEST=1024"]].concat(),
+        );
+        let path = library.display().to_string();
+        let output = hoist("", &["plugin", "inspect", "--json", &path]);
+        let inspected: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(inspected["agreed_minor"], agreed, "{name}");
+        let backend = format!("plugin:{path}");
+        for isolate in [&[][..], &["--isolate"]] {
+            for command in [&["plan"][..], &["load", "--verify"]] {
+                let arguments = [command, &["--backend", &backend], isolate].concat();
+                let output = hoist("", &arguments);
+                let said = String::from_utf8_lossy(&output.stderr);
+                assert_eq!(
+                    output.status.code(),
+                    Some(if refused { 4 } else { 0 }),
+                    "{name} {arguments:?}: {said}"
+                );
+                assert_eq!(said.contains("a row of weight `"), refused, "{name}: {said}");
+                assert_eq!(said.contains("1023"), refused, "{name}: {said}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_trusted_plugin_is_found_by_name_until_it_changes() {
     let Some(built) = built() else { return };

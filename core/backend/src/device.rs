@@ -1,4 +1,6 @@
-use crate::{Encoding, MemoryInfo, OpName, Result, WorkspaceBytes, WorkspaceDims};
+use std::fmt;
+
+use crate::{Encoding, MemoryInfo, OpName, Result, Shape, WorkspaceBytes, WorkspaceDims};
 
 /// A device that a [`crate::Provider`] found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,8 +41,8 @@ pub enum NumericsClass {
     Bounded,
 }
 
-impl std::fmt::Display for NumericsClass {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for NumericsClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             NumericsClass::Exact => "exact",
             NumericsClass::Bounded => "bounded",
@@ -80,8 +82,8 @@ impl FromIterator<Encoding> for EncodingSet {
     }
 }
 
-impl std::fmt::Debug for EncodingSet {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for EncodingSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.iter()).finish()
     }
 }
@@ -116,8 +118,8 @@ impl FromIterator<OpName> for OpSet {
     }
 }
 
-impl std::fmt::Debug for OpSet {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for OpSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.iter()).finish()
     }
 }
@@ -145,6 +147,39 @@ pub struct Limits {
     pub max_sequences: Option<u32>,
     /// Most positions of a sequence.
     pub max_context: Option<u32>,
+}
+
+/// A bound of a backend that a weight breaks. In bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BrokenLimit {
+    /// What is too large: `the size` or `a row`.
+    pub what: &'static str,
+    /// The most there may be.
+    pub limit: u64,
+    /// How much there is.
+    pub found: u64,
+}
+
+impl fmt::Display for BrokenLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { what, limit, found } = self;
+        write!(f, "{what} has {found} bytes, the limit is {limit}")
+    }
+}
+
+impl Limits {
+    /// The first bound that a weight of `nbytes` canonical bytes breaks. Its shape is one that the encoding can have.
+    pub fn broken_by(&self, encoding: Encoding, shape: Shape, nbytes: u64) -> Option<BrokenLimit> {
+        let row = (shape.cols / encoding.block_weights()).saturating_mul(encoding.block_bytes());
+        let sizes = [
+            ("the size", nbytes, self.max_weight_bytes),
+            ("a row", row, self.max_row_bytes),
+        ];
+        sizes.into_iter().find_map(|(what, found, limit)| {
+            let limit = limit.filter(|limit| found > *limit)?;
+            Some(BrokenLimit { what, limit, found })
+        })
+    }
 }
 
 /// How a plan computes the exact bytes a weight takes on the device.

@@ -273,19 +273,13 @@ fn plan_weight(
     if nbytes == 0 {
         return Err(inconsistent("the shape", &"without zeros", &weight.shape));
     }
-    let row = weight.shape.cols / weight.encoding.block_weights() * weight.encoding.block_bytes();
-    for (what, found, limit) in [
-        ("the size", nbytes, info.limits.max_weight_bytes),
-        ("a row", row, info.limits.max_row_bytes),
-    ] {
-        if let Some(limit) = limit.filter(|limit| found > *limit) {
-            return Err(PlanError::Limit {
-                what: format!("{what} of weight `{}` in bytes", weight.name),
-                backend: info.name.clone(),
-                limit,
-                found,
-            });
-        }
+    if let Some(broken) = info.limits.broken_by(weight.encoding, weight.shape, nbytes) {
+        return Err(PlanError::Limit {
+            what: format!("{} of weight `{}` in bytes", broken.what, weight.name),
+            backend: info.name.clone(),
+            limit: broken.limit,
+            found: broken.found,
+        });
     }
     let source_bytes = source_bytes(&weight.views).ok_or_else(|| overflow("the source views"))?;
     let expected = source_size(weight, nbytes).ok_or_else(|| {

@@ -11,8 +11,8 @@ pub const OPEN_SYMBOL: &str = "hoist_plugin_open_v1";
 pub const ABI_MAJOR: u32 = 0;
 /// Oldest minor this crate can speak.
 pub const ABI_MINOR_MIN: u32 = 1;
-/// Newest minor this crate can speak. Minors only append.
-pub const ABI_MINOR_MAX: u32 = 1;
+/// Newest minor this crate can speak. Minors only append: 2 has `Caps::max_row_bytes`.
+pub const ABI_MINOR_MAX: u32 = 2;
 
 /// A panic or exception in the plugin ends the process.
 pub const FLAG_PANIC_ABORT: u32 = 1;

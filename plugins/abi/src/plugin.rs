@@ -61,6 +61,8 @@ pub struct Caps {
     pub quantized_row_bytes: u64,
     pub quantized_segment_bytes: u64,
     pub index_entry_bytes: u64,
+    /// Most canonical bytes of one row of a weight, a vector being one row; 0: no limit. Since minor 2.
+    pub max_row_bytes: u64,
 }
 
 /// Memory of one device, in bytes.

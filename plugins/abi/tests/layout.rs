@@ -68,7 +68,7 @@ layouts! {
     Outputs hoist_outputs {struct_size, reserved, argmax, argmax_count, logits, logits_count},
     DeviceInfo hoist_device_info {struct_size, ordinal, id, name, total_memory},
     OpenOptions hoist_open_options {struct_size, flags, memory_budget, threads, reserved},
-    Caps hoist_caps {struct_size, numerics, stored, computed, ops, float_layout, max_batch_tokens, max_sequences, max_context, max_weight_bytes, weight_alignment, quantized_row_bytes, quantized_segment_bytes, index_entry_bytes},
+    Caps hoist_caps {struct_size, numerics, stored, computed, ops, float_layout, max_batch_tokens, max_sequences, max_context, max_weight_bytes, weight_alignment, quantized_row_bytes, quantized_segment_bytes, index_entry_bytes, max_row_bytes},
     DeviceMemory hoist_device_memory {struct_size, reserved, total, free, budget, resident, imported},
     Plugin hoist_plugin {struct_size, reserved, device_count, device_info, device_open, caps, memory_info, plan_check, load_begin, upload, load_commit, load_abort, readback, model_destroy, device_close, shutdown, build_index, workspace_bytes, workspace_create, prepare, forward, truncate, load_from, digest, cancel, stats}
 }

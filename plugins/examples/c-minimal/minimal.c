@@ -194,7 +194,7 @@ static const hoist_plugin TABLE = {
 hoist_status hoist_plugin_open_v1(const hoist_host *host, uint32_t minor, const hoist_plugin **plugin,
                                   hoist_error *error) {
     HOIST_REQUIRE(host != NULL && plugin != NULL, INVALID_ARGUMENT, "NULL");
-    HOIST_REQUIRE(minor == HOIST_ABI_MINOR_MAX, VERSION, "it speaks minor %d", HOIST_ABI_MINOR_MAX);
+    HOIST_REQUIRE(minor >= HOIST_ABI_MINOR_MIN && minor <= HOIST_ABI_MINOR_MAX, VERSION, "no minor %u", minor);
     *plugin = &TABLE;
     return HOIST_STATUS_OK;
 }

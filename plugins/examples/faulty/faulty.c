@@ -43,9 +43,11 @@
  *   memory-lies               memory_info says that nothing is resident
  *
  * Compile-time: -DFAULT_UNRESOLVED calls a function that nobody has; -DRECORD exports the addresses that upload and
- * readback were given last; -DRANGE_EMPTY, -DMAJOR=n, -DNO_HEADER and -DHEADER_UNTERMINATED change the header. */
+ * readback were given last; -DRANGE_EMPTY, -DMAJOR=n, -DNO_HEADER and -DHEADER_UNTERMINATED change the header;
+ * -DMAX_ROW_BYTES=n is a limit of a row; -DMINOR_1 is the plugin as an author's older header would have made it. */
 #define _POSIX_C_SOURCE 200809L
 #include <fcntl.h>
+#include <stddef.h>
 #include <unistd.h>
 #ifdef __x86_64__
 #include <xmmintrin.h>
@@ -60,6 +62,16 @@
 #ifndef MAJOR
 #define MAJOR HOIST_ABI_MAJOR
 #endif
+#ifdef MINOR_1
+#define MINOR_MAX 1
+#define CAPS_BYTES offsetof(hoist_caps, max_row_bytes)
+#else
+#define MINOR_MAX HOIST_ABI_MINOR_MAX
+#define CAPS_BYTES sizeof(hoist_caps)
+#endif
+#ifndef MAX_ROW_BYTES
+#define MAX_ROW_BYTES 0
+#endif
 #ifdef RANGE_EMPTY
 #define MINOR_MIN (HOIST_ABI_MINOR_MAX + 1)
 #else
@@ -72,7 +84,7 @@ HOIST_PLUGIN_EXPORT const hoist_plugin_header_v1 HOIST_PLUGIN_HEADER_V1 = {
     .header_size = HOIST_HEADER_SIZE,
     .abi_major = MAJOR,
     .abi_minor_min = MINOR_MIN,
-    .abi_minor_max = HOIST_ABI_MINOR_MAX,
+    .abi_minor_max = MINOR_MAX,
     .flags = HOIST_FLAG_PANIC_ABORT,
     .pointer_width = HOIST_POINTER_WIDTH,
     .target = "x86_64-unknown-linux-gnu",
@@ -216,7 +228,10 @@ static hoist_status faulty_device_open(uint32_t ordinal, const hoist_open_option
 
 static hoist_status faulty_caps(hoist_handle device, hoist_caps *out, hoist_error *error) {
     MISBEHAVE(caps);
-    hoist_status status = caps(device, out, error);
+    hoist_caps own = {.struct_size = sizeof own};
+    hoist_status status = caps(device, &own, error);
+    own.max_row_bytes = MAX_ROW_BYTES;
+    if (status == HOIST_STATUS_OK) hoist_put(out, &own, CAPS_BYTES);
     if (is_fault("caps-numerics")) out->numerics = 7;
     if (is_fault("caps-alignment")) out->weight_alignment = 3;
     if (is_fault("caps-operations")) out->ops = 1;

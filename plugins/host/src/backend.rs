@@ -580,6 +580,16 @@ impl WeightBackend for PluginBackend {
     fn begin_load(&mut self, plan: &LoadPlan) -> Result<()> {
         self.check_poison()?;
         self.lifecycle.expect("begin_load", State::Empty)?;
+        for (place, w) in plan.weights.iter().enumerate() {
+            w.check(&self.info.name, place)?;
+            if let Some(broken) = self.info.limits.broken_by(w.encoding, w.shape, w.nbytes) {
+                return Err(Error::invalid(
+                    format!("{} of weight `{}` in bytes", broken.what, w.name),
+                    format!("at most {}", broken.limit),
+                    broken.found,
+                ));
+            }
+        }
         let tensors = convert::tensors(plan);
         let c_plan = convert::plan(plan, &tensors);
         self.weights = plan

@@ -447,8 +447,7 @@ pub(crate) fn backend_info(
         float_layout,
         limits: Limits {
             max_weight_bytes: nonzero(caps.max_weight_bytes),
-            // Not in the interface: such a plugin refuses the load.
-            max_row_bytes: None,
+            max_row_bytes: nonzero(caps.max_row_bytes),
             max_batch_tokens: nonzero(caps.max_batch_tokens),
             max_sequences: nonzero(caps.max_sequences),
             max_context: nonzero(caps.max_context),

@@ -603,6 +603,7 @@ pub(crate) fn caps(info: &BackendInfo) -> abi::Caps {
         quantized_row_bytes: info.sizing.quantized_row_bytes,
         quantized_segment_bytes: info.sizing.quantized_segment_bytes,
         index_entry_bytes: info.sizing.index_entry_bytes,
+        max_row_bytes: info.limits.max_row_bytes.map_or(0, |n| n),
     }
 }
 

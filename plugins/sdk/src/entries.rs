@@ -297,11 +297,8 @@ unsafe extern "C" fn plan_check(
             for w in &plan.weights {
                 if !info.stored.contains(w.encoding) {
                     refused.push((w.id.0, format!("{} is not stored", w.encoding)));
-                } else if info.limits.max_weight_bytes.is_some_and(|limit| w.nbytes > limit) {
-                    refused.push((
-                        w.id.0,
-                        format!("{} bytes exceed the limit for one weight", w.nbytes),
-                    ));
+                } else if let Some(broken) = info.limits.broken_by(w.encoding, w.shape, w.nbytes) {
+                    refused.push((w.id.0, broken.to_string()));
                 }
             }
             Ok(())
