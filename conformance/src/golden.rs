@@ -36,7 +36,7 @@ pub struct Golden {
     pub case: Case,
 }
 
-/// Operands and result of one operation. `y: None` stands for [`hoist_backend::Error::NonFinite`].
+/// Operands and result of one operation. `y: None` stands for a result that holds a NaN or infinity.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 #[allow(missing_docs, reason = "fields are the operands of docs/numerics.md")]

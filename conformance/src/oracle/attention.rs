@@ -11,7 +11,7 @@ use super::{finite, same_length};
 /// The operation Rope, of all heads of one token. `table`: cos and sin of each pair at the token's position, `[n_rot]`.
 ///
 /// # Errors
-/// [`Error::NonFinite`]; [`Error::InvalidArgument`] for an odd or too large `n_rot`, or lengths that do not fit.
+/// [`Error::InvalidArgument`] for an odd or too large `n_rot`, or lengths that do not fit.
 pub fn rope(value: &[f32], table: &[f32], style: RopeStyle, heads: usize, n_rot: usize) -> Result<Vec<f32>> {
     same_length("rope table row", n_rot, table.len())?;
     if heads == 0
@@ -49,7 +49,7 @@ pub fn rope(value: &[f32], table: &[f32], style: RopeStyle, heads: usize, n_rot:
             );
         }
     }
-    finite(OpName::Rope, out)
+    Ok(out)
 }
 
 /// Keys and values of one layer of one sequence, as they are stored.
@@ -141,7 +141,7 @@ const SPLIT: usize = 256;
 /// The operation Attention, of one token at the last position of the cache. `query`: `[heads * head_dim]`.
 ///
 /// # Errors
-/// [`Error::NonFinite`]; [`Error::InvalidArgument`] for an empty cache, a window of 0, or heads that do not fit.
+/// [`Error::InvalidArgument`] for an empty cache, a window of 0, or heads that do not fit.
 pub fn attention(spec: &AttentionSpec, query: &[f32], cache: &KvCache) -> Result<Vec<f32>> {
     let head_dim = cache.spec.head_dim as usize;
     let kv_heads = cache.spec.kv_heads as usize;
@@ -173,7 +173,7 @@ pub fn attention(spec: &AttentionSpec, query: &[f32], cache: &KvCache) -> Result
         let scores: Vec<f32> = keys.iter().map(|k| score(spec, q, k)).collect();
         out.extend(attend(first, &scores, &values, head_dim));
     }
-    finite(OpName::Attention, out)
+    Ok(out)
 }
 
 /// Step 1: the score of one position.

@@ -1,10 +1,10 @@
 //! §5 and the element-wise operations of §4.
 
-use hoist_backend::{ActivationKind, OpName, Result};
+use hoist_backend::{ActivationKind, Result};
 
 use super::arithmetic::times_power_of_two;
 use super::deviation::by_contract;
-use super::{finite, same_length};
+use super::same_length;
 
 /// An f32 written as in C: `significand` holds the hexadecimal digits without the point, `2^exponent` its unit.
 const fn hex(significand: i32, exponent: i32) -> f32 {
@@ -97,15 +97,12 @@ pub fn tanh(x: f32) -> f32 {
 }
 
 /// The operation Activation.
-///
-/// # Errors
-/// [`hoist_backend::Error::NonFinite`]
-pub fn activate(kind: ActivationKind, x: &[f32]) -> Result<Vec<f32>> {
+pub fn activate(kind: ActivationKind, x: &[f32]) -> Vec<f32> {
     let f = match kind {
         ActivationKind::Silu => silu,
         ActivationKind::GeluTanh => gelu_tanh,
     };
-    finite(OpName::Activation, x.iter().map(|x| f(*x)).collect())
+    x.iter().map(|x| f(*x)).collect()
 }
 
 fn silu(x: f32) -> f32 {
@@ -127,10 +124,10 @@ fn gelu_tanh(x: f32) -> f32 {
 /// The operation Mul.
 ///
 /// # Errors
-/// [`hoist_backend::Error::NonFinite`]; [`hoist_backend::Error::InvalidArgument`] for unequal lengths.
+/// [`hoist_backend::Error::InvalidArgument`] for unequal lengths.
 pub fn mul(a: &[f32], b: &[f32]) -> Result<Vec<f32>> {
     same_length("second factor", a.len(), b.len())?;
-    finite(OpName::Mul, a.iter().zip(b).map(|(a, b)| a * b).collect())
+    Ok(a.iter().zip(b).map(|(a, b)| a * b).collect())
 }
 
 /// The operation Add.
@@ -139,23 +136,17 @@ pub fn mul(a: &[f32], b: &[f32]) -> Result<Vec<f32>> {
 /// As [`mul`].
 pub fn add(a: &[f32], b: &[f32]) -> Result<Vec<f32>> {
     same_length("second term", a.len(), b.len())?;
-    finite(OpName::Add, a.iter().zip(b).map(|(a, b)| a + b).collect())
+    Ok(a.iter().zip(b).map(|(a, b)| a + b).collect())
 }
 
 /// The operation Scale.
-///
-/// # Errors
-/// [`hoist_backend::Error::NonFinite`]
-pub fn scale(x: &[f32], factor: f32) -> Result<Vec<f32>> {
-    finite(OpName::Scale, x.iter().map(|x| x * factor).collect())
+pub fn scale(x: &[f32], factor: f32) -> Vec<f32> {
+    x.iter().map(|x| x * factor).collect()
 }
 
 /// The operation SoftCap.
-///
-/// # Errors
-/// [`hoist_backend::Error::NonFinite`]
-pub fn soft_cap(x: &[f32], cap: f32) -> Result<Vec<f32>> {
-    finite(OpName::SoftCap, x.iter().map(|x| capped(*x, cap)).collect())
+pub fn soft_cap(x: &[f32], cap: f32) -> Vec<f32> {
+    x.iter().map(|x| capped(*x, cap)).collect()
 }
 
 /// `cap · tanh(x / cap)`

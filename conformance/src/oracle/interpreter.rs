@@ -165,7 +165,10 @@ impl<'a> Interpreter<'a> {
             frame.run(op, state).map_err(|e| named(e, op))?;
         }
         match wanted {
-            true => Ok(Some(frame.f32(self.program.logits)?.to_vec())),
+            true => {
+                let logits = frame.f32(self.program.logits)?.to_vec();
+                Ok(Some(finite(OpName::Logits, logits)?))
+            }
             false => Ok(None),
         }
     }
@@ -287,11 +290,11 @@ impl Frame<'_, '_> {
                 let y = attention(&spec, self.f32(*query)?, self.cache(op, state)?)?;
                 self.set(*out, y)
             }
-            OpKind::Activation { input, kind, out } => self.set(*out, activate(*kind, self.f32(*input)?)?),
+            OpKind::Activation { input, kind, out } => self.set(*out, activate(*kind, self.f32(*input)?)),
             OpKind::Mul { a, b, out } => self.set(*out, mul(self.f32(*a)?, self.f32(*b)?)?),
             OpKind::Add { a, b, out } => self.set(*out, add(self.f32(*a)?, self.f32(*b)?)?),
-            OpKind::Scale { input, factor, out } => self.set(*out, scale(self.f32(*input)?, *factor)?),
-            OpKind::SoftCap { input, cap, out } => self.set(*out, soft_cap(self.f32(*input)?, *cap)?),
+            OpKind::Scale { input, factor, out } => self.set(*out, scale(self.f32(*input)?, *factor)),
+            OpKind::SoftCap { input, cap, out } => self.set(*out, soft_cap(self.f32(*input)?, *cap)),
             OpKind::RouterTopK {
                 logits,
                 k,
@@ -468,7 +471,6 @@ impl Frame<'_, '_> {
     }
 
     fn set(&mut self, id: ValueId, x: Vec<f32>) -> Result<()> {
-        let x = finite(OpName::Embed, x)?;
         self.put(id, Value::F32(x))
     }
 

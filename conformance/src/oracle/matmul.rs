@@ -37,7 +37,7 @@ pub fn matmul(matrix: &Matrix<'_>, x: &[f32], bias: Option<&[f32]>) -> Result<Ve
     let y = (0..matrix.rows)
         .map(|row| Ok(dot64(&embed_row(matrix, row)?, x)))
         .collect::<Result<Vec<_>>>()?;
-    finite(OpName::MatMul, add_bias(y, bias)?)
+    add_bias(y, bias)
 }
 
 /// The operation MatMul of a quantised matrix on quantised activations.
@@ -62,12 +62,15 @@ pub fn matmul_quantized(matrix: &Matrix<'_>, x: &QuantizedVector, bias: Option<&
             _ => sum,
         });
     }
-    let y = by_contract!(add_bias(y, bias)?, BiasBeforeRounding => bias_before_rounding(matrix, x, bias)?,
-    AprScaleAfterBias => {
-        let scale = if matrix.encoding == Encoding::APR_Q8 { matrix.scale()? } else { 1.0 };
-        add_bias(y, bias)?.iter().map(|y| y * scale).collect()
-    });
-    finite(OpName::MatMul, y)
+    // What overflows is refused before a bias could bring it back.
+    let y = finite(OpName::MatMul, y)?;
+    Ok(
+        by_contract!(add_bias(y, bias)?, BiasBeforeRounding => bias_before_rounding(matrix, x, bias)?,
+        AprScaleAfterBias => {
+            let scale = if matrix.encoding == Encoding::APR_Q8 { matrix.scale()? } else { 1.0 };
+            add_bias(y, bias)?.iter().map(|y| y * scale).collect()
+        }),
+    )
 }
 
 fn add_bias(mut y: Vec<f32>, bias: Option<&[f32]>) -> Result<Vec<f32>> {

@@ -3,8 +3,8 @@
 //! Section numbers are those of `docs/numerics.md`. Every function computes what its section says, one rounding at a
 //! time; nothing here is fast and nothing is shared with a backend. [`Interpreter`] runs a whole decode program.
 //!
-//! An operation whose result holds a NaN or infinity returns [`hoist_backend::Error::NonFinite`] at once; a backend may
-//! report the same error at the latest at the next Quantise, StoreKv or Logits.
+//! A NaN or infinity is [`hoist_backend::Error::NonFinite`] where the contract looks for it: in what Quantise and StoreKv are
+//! given, in what a quantised product yields, and in the logits of a program. Every other operation goes on with it, by its formula.
 
 mod activation;
 mod arithmetic;
@@ -32,7 +32,7 @@ pub use weight::{WeightPart, WeightRow, WeightSegment, embed_row, weight_row};
 
 use hoist_backend::{Error, OpName, Result};
 
-/// The finite-values rule: passes a result on, or says which operation produced a NaN or infinity.
+/// The finite-values rule: passes values on, or says which operation met a NaN or infinity.
 fn finite(op: OpName, values: Vec<f32>) -> Result<Vec<f32>> {
     if values.iter().all(|v| v.is_finite()) {
         Ok(values)

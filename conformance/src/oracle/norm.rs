@@ -1,27 +1,25 @@
 //! §4: RmsNorm and LayerNorm.
 
-use hoist_backend::{OpName, Result};
+use hoist_backend::Result;
 
 use super::deviation::by_contract;
 use super::float::{sum256, sum256_of_squares};
-use super::{finite, same_length};
+use super::same_length;
 
 /// The operation RmsNorm, of one vector. `gamma`: as long as `x`.
 ///
 /// # Errors
-/// [`hoist_backend::Error::NonFinite`]; [`hoist_backend::Error::InvalidArgument`] for unequal lengths.
+/// [`hoist_backend::Error::InvalidArgument`] for unequal lengths.
 pub fn rms_norm(x: &[f32], gamma: &[f32], eps: f32) -> Result<Vec<f32>> {
     same_length("norm vector", x.len(), gamma.len())?;
     let n = x.len() as f32;
     let ss = sum256_of_squares(x);
     let mean = by_contract!(ss / n, RmsMeanByReciprocal => ss * (1.0 / n));
     let inv = by_contract!(1.0 / (mean + eps).sqrt(), RmsEpsilonOutside => 1.0 / (mean.sqrt() + eps));
-    let y = x
-        .iter()
+    Ok(x.iter()
         .zip(gamma)
         .map(|(x, g)| by_contract!((x * inv) * g, RmsGammaFirst => x * (inv * g)))
-        .collect();
-    finite(OpName::RmsNorm, y)
+        .collect())
 }
 
 /// The operation LayerNorm, of one vector. `gamma`, `bias`: as long as `x`.
@@ -39,7 +37,7 @@ pub fn layer_norm(x: &[f32], gamma: &[f32], bias: &[f32], eps: f32) -> Result<Ve
         LayerNormOnePass => sum256_of_squares(x) / n - mean * mean
     );
     let inv = 1.0 / (var + eps).sqrt();
-    let y = centred
+    Ok(centred
         .iter()
         .zip(gamma.iter().zip(bias))
         .map(|(c, (g, b))| {
@@ -48,6 +46,5 @@ pub fn layer_norm(x: &[f32], gamma: &[f32], bias: &[f32], eps: f32) -> Result<Ve
                 LayerNormWithoutFma => c * inv * g + b
             )
         })
-        .collect();
-    finite(OpName::LayerNorm, y)
+        .collect())
 }

@@ -1,16 +1,16 @@
 //! §4: routing, the weighted sum of experts, and arg-max.
 
-use hoist_backend::{Error, OpName, Result};
+use hoist_backend::{Error, Result};
 
 use super::deviation::by_contract;
 use super::elementary::exp;
 use super::float::sum256;
-use super::{finite, same_length};
+use super::same_length;
 
 /// The operation RouterTopK, of one token: the chosen experts in descending order of probability, and their weights.
 ///
 /// # Errors
-/// [`Error::NonFinite`]; [`Error::InvalidArgument`] unless `1 ≤ k ≤ logits`.
+/// [`Error::InvalidArgument`] unless `1 ≤ k ≤ logits`.
 pub fn router_top_k(logits: &[f32], k: usize, normalise: bool) -> Result<(Vec<u32>, Vec<f32>)> {
     if k == 0 || k > logits.len() {
         return Err(Error::invalid(
@@ -22,7 +22,7 @@ pub fn router_top_k(logits: &[f32], k: usize, normalise: bool) -> Result<(Vec<u3
     let largest = logits.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
     let e: Vec<f32> = logits.iter().map(|x| exp(x - largest)).collect();
     let sum = sum256(&e);
-    let p = finite(OpName::RouterTopK, e.iter().map(|e| e / sum).collect())?;
+    let p: Vec<f32> = e.iter().map(|e| e / sum).collect();
 
     let mut order: Vec<usize> = (0..p.len()).collect();
     by_contract!((), RouterTiesToTheHighest => order.reverse());
@@ -42,13 +42,13 @@ pub fn router_top_k(logits: &[f32], k: usize, normalise: bool) -> Result<(Vec<u3
         weights = chosen.iter().map(|e| e / total).collect();
     });
     let experts = order.iter().map(|i| *i as u32).collect();
-    Ok((experts, finite(OpName::RouterTopK, weights)?))
+    Ok((experts, weights))
 }
 
 /// The operation WeightedSum, of one token. `inputs`: a vector for each chosen expert.
 ///
 /// # Errors
-/// [`Error::NonFinite`]; [`Error::InvalidArgument`] for unequal lengths or no expert.
+/// [`Error::InvalidArgument`] for unequal lengths or no expert.
 pub fn weighted_sum(inputs: &[&[f32]], experts: &[u32], weights: &[f32]) -> Result<Vec<f32>> {
     same_length("weights of chosen experts", experts.len(), weights.len())?;
     same_length("vectors of chosen experts", experts.len(), inputs.len())?;
@@ -64,15 +64,14 @@ pub fn weighted_sum(inputs: &[&[f32]], experts: &[u32], weights: &[f32]) -> Resu
     for input in inputs {
         same_length("vector of a chosen expert", width, input.len())?;
     }
-    let out = (0..width)
+    Ok((0..width)
         .map(|i| {
             let start = weights[*first] * inputs[*first][i];
             let start = by_contract!(start, WeightedSumFromZero => start + 0.0);
             rest.iter()
                 .fold(start, |acc, s| weights[*s].mul_add(inputs[*s][i], acc))
         })
-        .collect();
-    finite(OpName::WeightedSum, out)
+        .collect())
 }
 
 /// The number of the largest logit; the lowest of equal ones.

@@ -367,7 +367,7 @@ impl Frame<'_, '_> {
             }
             OpKind::Activation { input, kind, out } => {
                 let x = self.float(*input)?;
-                let y = oracle::activate(*kind, &x.y)?;
+                let y = oracle::activate(*kind, &x.y);
                 // Neither function is steeper than 1.13 anywhere.
                 let e = (0..y.len())
                     .map(|i| {
@@ -400,7 +400,7 @@ impl Frame<'_, '_> {
             }
             OpKind::Scale { input, factor, out } => {
                 let x = self.float(*input)?;
-                let y = oracle::scale(&x.y, *factor)?;
+                let y = oracle::scale(&x.y, *factor);
                 let f = f64::from(*factor).abs();
                 let e = (0..y.len())
                     .map(|i| f * x.e[i] + U * f64::from(y[i]).abs() + FLUSHED)
@@ -409,7 +409,7 @@ impl Frame<'_, '_> {
             }
             OpKind::SoftCap { input, cap, out } => {
                 let x = self.float(*input)?;
-                let y = oracle::soft_cap(&x.y, *cap)?;
+                let y = oracle::soft_cap(&x.y, *cap);
                 let cap = f64::from(*cap).abs();
                 let e = (0..y.len())
                     .map(|i| x.e[i] + 8.0 * U * f64::from(y[i]).abs() + U * x.abs(i).min(cap) + FLUSHED)
@@ -615,6 +615,7 @@ impl Frame<'_, '_> {
         with_matrix(self.bounding.weights, at, 0, |m| oracle::embed_row(m, 0))
     }
 
+    /// There is no bound of what an infinity becomes: it ends a token at once, whose answer may then be anything finite.
     fn set(&mut self, id: ValueId, near: Near) -> Step<()> {
         if near.y.iter().any(|v| !v.is_finite()) {
             let (op, layer) = (OpName::Quantise, None);

@@ -4,10 +4,12 @@
 //! program calls its logits, so that nothing stands between it and the judge.
 
 use hoist_backend::{
-    ActivationKind, Encoding, EncodingSet, KvSpec, OpKind, OpName, OpenOptions, Role, RopeStyle, Shape,
-    TableId, ValueId, ValueKind, WeightClass,
+    ActivationKind, Encoding, EncodingSet, KvSpec, NumericsClass, OpKind, OpName, OpenOptions, Role,
+    RopeStyle, Shape, TableId, ValueId, ValueKind, WeightClass,
 };
 
+use crate::fixture::Weight;
+use crate::judge;
 use crate::operands::{self, Magnitudes, Random, Scales};
 use crate::{Case, Context, Failure, Need, Verdict};
 
@@ -92,6 +94,16 @@ pub fn cases() -> Vec<Case> {
     cases.push(case("router", "random", &mixture, |cx| router(cx, false)));
     let overflow = [OpName::Mul, OpName::EmbedPosition, OpName::Logits];
     cases.push(case("non_finite", "is_refused", &overflow, non_finite));
+    let query = [OpName::MatMul, OpName::StoreKv, OpName::Attention];
+    cases.push(case("non_finite", "a_query_under_a_cap", &query, infinite_query));
+    cases.push(case(
+        "non_finite",
+        "a_value_under_a_cap",
+        &[OpName::MatMul, OpName::SoftCap],
+        infinite_value,
+    ));
+    let minus = [OpName::MatMul, mixture[0], mixture[1], mixture[2]];
+    cases.push(case("non_finite", "an_expert_that_is_shut", &minus, shut_expert));
     cases
 }
 
@@ -817,4 +829,150 @@ fn non_finite(cx: &mut Context<'_>) -> Verdict {
         &batches,
         &OpenOptions::default(),
     )
+}
+
+/// Tokens of which the last one meets an infinity on its way, which is bounded or not, and the one before a NaN, alone and
+/// between others, against the oracle. If the oracle sees these two otherwise, the operands ask nothing.
+fn met_or_not(cx: &mut Context<'_>, what: &str, sketch: &Sketch, bounded: bool) -> Verdict {
+    let (infinite, nan) = (sketch.program.vocab - 1, sketch.program.vocab - 2);
+    let mut oracle = Oracle::of(NumericsClass::Exact, sketch);
+    for (token, expected) in [(infinite, bounded), (nan, false), (0, true)] {
+        let found = oracle.is_finite(token)?;
+        judge::equal(
+            &format!("{what}: whether token {token} is finite"),
+            expected,
+            found,
+        )?;
+    }
+    let batches = [
+        vec![0, 1],
+        vec![infinite],
+        vec![2, infinite, 0],
+        vec![nan],
+        vec![1, nan],
+        vec![infinite, 2],
+    ];
+    let batches: Vec<Vec<Feed>> = batches.iter().map(|b| vec![Feed::logits(0, b)]).collect();
+    run(cx, what, sketch, &batches, &OpenOptions::default())
+}
+
+/// Gives the last two columns of an embedding to the last two tokens: 0 and 4 for the last, 4 and 4 for the one before.
+fn overflow_last_tokens(embedding: &mut Weight) {
+    let (rows, cols) = (embedding.shape.rows, embedding.shape.cols);
+    for row in 0..rows {
+        set(embedding, row, cols - 2, if row + 2 == rows { 4.0 } else { 0.0 });
+        set(embedding, row, cols - 1, if row + 2 >= rows { 4.0 } else { 0.0 });
+    }
+}
+
+/// Such columns in a row of a matrix: an infinity for the last token, and two whose sum is a NaN for the one before.
+fn overflow_row(matrix: &mut Weight, row: u64, factor: f32) {
+    let cols = matrix.shape.cols;
+    set(matrix, row, cols - 2, -factor);
+    set(matrix, row, cols - 1, factor);
+}
+
+/// Replaces an element of a matrix of f32.
+fn set(matrix: &mut Weight, row: u64, col: u64, value: f32) {
+    let at = 4 * (row * matrix.shape.cols + col) as usize;
+    matrix.canonical[at..at + 4].copy_from_slice(&value.to_le_bytes());
+}
+
+/// An element of a query that overflowed: the scores are infinite, which a cap bounds and nothing else does.
+fn infinite_query(cx: &mut Context<'_>) -> Verdict {
+    for cap in [Some(1.5), None] {
+        let mut sketch = attention_sketch(&mut cx.random, CONTEXT, None, cap, Magnitudes::Ordinary);
+        let head_dim = u64::from(sketch.program.kv[0].head_dim);
+        for matrix in &mut sketch.weights {
+            if matrix.role == Role::TokenEmbd {
+                overflow_last_tokens(matrix);
+                continue;
+            }
+            for row in 0..matrix.shape.rows {
+                let overflows = matrix.role == Role::AttnQ && row.is_multiple_of(head_dim);
+                overflow_row(matrix, row, if overflows { 3e38 } else { 0.0 });
+            }
+        }
+        let what = format!("a query that overflows under a cap of {cap:?}");
+        met_or_not(cx, &what, &sketch, cap.is_some())?;
+    }
+    Ok(())
+}
+
+/// A sketch with a product of `n` elements whose first one overflows to an infinity of that sign for the last token, and is a
+/// NaN for the one before.
+fn overflowing(random: &mut Random, n: u32, sign: f32) -> (Sketch, ValueId) {
+    let width = 24u32;
+    let mut sketch = Sketch::new(width, CONTEXT);
+    let x = sketch.input(random, width, Magnitudes::Ordinary);
+    let values: Vec<f32> = (0..n * width).map(|_| random.bell() * 0.3).collect();
+    let weight = sketch.f32_matrix(Role::FfnGate, n, &values);
+    let [embedding, matrix] = sketch.weights.as_mut_slice() else {
+        return (sketch, x);
+    };
+    overflow_last_tokens(embedding);
+    for row in 0..u64::from(n) {
+        overflow_row(matrix, row, if row == 0 { sign * 3e38 } else { 0.0 });
+    }
+    let out = sketch.f32(n);
+    sketch.op(OpKind::MatMul {
+        input: x,
+        weight,
+        bias: None,
+        out,
+    });
+    (sketch, out)
+}
+
+/// A product that overflowed, as the operand of SoftCap, which bounds it, or as a logit.
+fn infinite_value(cx: &mut Context<'_>) -> Verdict {
+    for capped in [true, false] {
+        let sign = cx.random.choose([1.0, -1.0]);
+        let (mut sketch, input) = overflowing(&mut cx.random, 24, sign);
+        let mut out = input;
+        if capped {
+            out = sketch.f32(24);
+            sketch.op(OpKind::SoftCap { input, cap: 1.5, out });
+        }
+        let sketch = sketch.finish(out);
+        met_or_not(
+            cx,
+            &format!("a value that overflows, capped {capped}"),
+            &sketch,
+            capped,
+        )?;
+    }
+    Ok(())
+}
+
+/// An expert whose logit overflowed: below all others, it is as improbable as one can be; above them, nothing is a number.
+fn shut_expert(cx: &mut Context<'_>) -> Verdict {
+    for (sign, normalise) in [(-1.0, false), (-1.0, true), (1.0, true)] {
+        let random = &mut cx.random;
+        let (n, width) = (5, 24);
+        let k = random.choose([2, 5]);
+        let (mut sketch, logits) = overflowing(random, n, sign);
+        let x = sketch.position_input(random, 40, Magnitudes::Ordinary);
+        let (experts, weights) = (sketch.value(k, ValueKind::Experts), sketch.f32(k));
+        sketch.op(OpKind::RouterTopK {
+            logits,
+            k,
+            normalise,
+            experts,
+            weights,
+        });
+        let of = (x, experts);
+        let input = sketch.experts(random, Encoding::F32, of, Role::FfnUpExps, (n, width), true)?;
+        let out = sketch.f32(width);
+        sketch.op(OpKind::WeightedSum {
+            input,
+            experts,
+            weights,
+            out,
+        });
+        let sketch = sketch.finish(out);
+        let what = format!("{k} of {n} experts, one at {}", sign * f32::INFINITY);
+        met_or_not(cx, &what, &sketch, sign < 0.0)?;
+    }
+    Ok(())
 }
