@@ -140,10 +140,20 @@ pub fn load(
     };
     match given_back {
         Ok(()) => Err(error),
+        // What was on a lost device is gone with it: a failure to give it back is the same loss, told once more.
+        Err(cleanup) if is_loss_of_one_device(&error, &cleanup) => Err(error),
         Err(cleanup) => Err(Error::NotGivenBack {
             error: Box::new(error),
             cleanup,
         }),
+    }
+}
+
+fn is_loss_of_one_device(error: &Error, cleanup: &hoist_backend::Error) -> bool {
+    use hoist_backend::Error::DeviceLost;
+    match (error, cleanup) {
+        (Error::Backend(DeviceLost { device: one, .. }), DeviceLost { device: other, .. }) => one == other,
+        _ => false,
     }
 }
 

@@ -128,13 +128,23 @@ fn every_failure_of_a_backend_leaves_it_empty() {
 
 #[test]
 fn failing_to_give_back_is_told_with_the_cause() {
+    let mut backend = Backend::with(Fault::IndexReceipt);
+    backend.faults.push(Fault::Unload);
+    let error = run(&mut backend, &source(&plan()), &Unwatched).unwrap_err();
+    let said = error.to_string();
+    let (cause, cleanup) = said
+        .split_once("; then giving back what was resident failed: ")
+        .unwrap();
+    assert!(cause.starts_with("backend `fake` made "), "{said}");
+    assert_eq!(cleanup, "fake was lost: Unload");
+}
+
+#[test]
+fn a_device_that_is_lost_is_named_once() {
     let mut backend = Backend::with(Fault::Index);
     backend.faults.push(Fault::Unload);
     let error = run(&mut backend, &source(&plan()), &Unwatched).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "fake was lost: Index; then giving back what was resident failed: fake was lost: Unload"
-    );
+    assert_eq!(error.to_string(), "fake was lost: Index");
 }
 
 #[test]
