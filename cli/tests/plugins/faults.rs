@@ -166,3 +166,20 @@ fn a_constructor_that_hangs_is_ended_and_refused() {
     );
     assert_eq!(processes_of(&plugin), [""; 0]);
 }
+
+/// A probe whose library left a process behind that holds its output: the library is refused, and not waited for.
+#[test]
+fn what_a_constructor_leaves_behind_is_not_waited_for() {
+    let Some(built) = built() else { return };
+    let plugin = built.path("libfaulty_forking.so");
+    std::fs::copy(built.path("libfaulty.so"), &plugin).expect("copied");
+    let started = Instant::now();
+    let (code, said) = load("constructor-fork", &plugin, &["--probe-limit", "3"]);
+    assert_eq!(code, Some(6), "{said}");
+    assert!(
+        said.contains("left a process behind that kept its output open for 3000 ms"),
+        "{said}"
+    );
+    assert!(started.elapsed() < Duration::from_secs(20), "it was waited for");
+    assert_eq!(load("", &plugin, &["--probe-limit", "3"]).0, Some(0));
+}

@@ -218,6 +218,8 @@ fn a_library_that_breaks_a_rule_is_refused_by_name_and_rule() {
         ("status:load_begin", 6, "undocumented status -999"),
         ("status:upload", 6, "undocumented status -999"),
         ("message:load_begin", 6, "no UTF-8 ended by a NUL"),
+        ("terminal:load_begin", 6, r"\u{1b}[2J\r\nerror: none\u{7}"),
+        ("terminal:caps", 6, r"\u{1b}[2J\r\nerror: none\u{7}"),
         ("lost:upload", 4, "the device fell off"),
         ("zero:device_open", 6, "invalid handle 0"),
         ("zero:load_begin", 6, "invalid handle 0"),
@@ -235,6 +237,8 @@ fn a_library_that_breaks_a_rule_is_refused_by_name_and_rule() {
             let (code, said) = load(fault, &plugin, isolate);
             assert_eq!(code, Some(expected), "{fault} {isolate:?}: {said}");
             assert!(said.contains(rule), "{fault} {isolate:?}: {said}");
+            let steers = |c: char| c.is_control() && c != '\n';
+            assert!(!said.contains(steers), "{fault} {isolate:?}: {said:?}");
             assert!(
                 expected == 0 || expected == 1 || said.contains("faulty"),
                 "{fault}: {said}"
@@ -280,6 +284,17 @@ fn a_plan_refuses_a_row_above_a_plugins_limit() {
             }
         }
     }
+}
+
+#[test]
+fn words_of_a_plugin_do_not_steer_the_terminal() {
+    let Some(built) = built() else { return };
+    let backend = format!("plugin:{}", built.path("libfaulty.so").display());
+    let output = hoist("strings-terminal", &["load", "--backend", &backend]);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains(r"\u{1b}[2Ja\nb"), "{said}");
+    assert!(!said.contains('\u{1b}'), "{said:?}");
 }
 
 #[test]

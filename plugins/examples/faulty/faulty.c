@@ -9,6 +9,7 @@
  *   constructor-exit          ... ends the process with 0
  *   constructor-flush         ... sets flush-to-zero for the thread
  *   constructor-print         ... writes to stdout
+ *   constructor-fork          ... leaves a process behind for half a minute
  *   open-null                 the entry returns OK and no table
  *   open-status               the entry returns an undocumented status
  *   size-zero, -short, -huge  struct_size of the table is 0, too short for the profile, or huge
@@ -21,6 +22,7 @@
  *   status:ENTRY              ... returns an undocumented status
  *   lost:ENTRY                ... returns DEVICE_LOST
  *   message:ENTRY             ... fails, and its message does not end
+ *   terminal:ENTRY            ... fails, and its message would clear the screen
  *   flush:ENTRY               ... sets flush-to-zero for the thread, and works
  *   print:ENTRY               ... writes to stdout, and works
  *   leak:ENTRY                ... leaks memory, and works
@@ -28,6 +30,7 @@
  *   zero:ENTRY                ... works and then hands out handle 0 (device_open, load_begin, load_commit)
  *   devices-none, -huge       there are no devices, or 4 billion
  *   strings                   the device's name does not end
+ *   strings-terminal          ... would clear the screen
  *   caps-numerics             an unknown class of numerics
  *   caps-alignment            an alignment that is no power of two
  *   caps-operations           claims operations that it has no function for
@@ -148,6 +151,10 @@ __attribute__((constructor)) static void constructor(void) {
     if (is_fault("constructor-hang")) hang();
     if (is_fault("constructor-exit")) exit(0);
     if (is_fault("constructor-flush")) flush_to_zero();
+    if (is_fault("constructor-fork") && fork() == 0) {
+        sleep(30);
+        _exit(0);
+    }
     if (is_fault("constructor-print")) {
         printf("hello from a constructor\n");
         fflush(stdout);
@@ -171,6 +178,7 @@ static hoist_status misbehave(const char *entry, hoist_error *error) {
         if (error != NULL) memset(error->message, 'x', sizeof error->message);
         return HOIST_STATUS_INTERNAL;
     }
+    if (is_fault_of("terminal", entry)) return hoist_fail(error, HOIST_STATUS_INTERNAL, "\033[2J\r\nerror: none\007");
     if (is_fault_of("flush", entry)) flush_to_zero();
     if (is_fault_of("print", entry)) {
         printf("hello from %s\n", entry);
@@ -214,6 +222,7 @@ static hoist_status faulty_device_count(uint32_t *count, hoist_error *error) {
 static hoist_status faulty_device_info(uint32_t ordinal, hoist_device_info *info, hoist_error *error) {
     MISBEHAVE(device_info);
     hoist_status status = device_info(ordinal, info, error);
+    if (is_fault("strings-terminal")) snprintf((char *)info->name, sizeof info->name, "\033[2Ja\nb");
     if (is_fault("strings")) memset(info->name, 'x', sizeof info->name);
     return status;
 }

@@ -17,6 +17,7 @@ use hoist_plugin_abi as abi;
 use hoist_plugin_abi::{Handle, Status};
 
 use crate::convert::{self, DimsArrays, ProgramArrays};
+use crate::header::{shown, text};
 use crate::library::{Failure, Loaded};
 use crate::parting;
 
@@ -439,7 +440,10 @@ impl PluginBackend {
         }
         let notes: BTreeMap<String, String> = serde_json::from_slice(&text)
             .map_err(|e| bad(format!("its text is no flat JSON object of strings: {e}")))?;
-        Ok(notes.into_iter().collect())
+        Ok(notes
+            .iter()
+            .map(|(name, value)| (shown(name), shown(value)))
+            .collect())
     }
 
     /// Ends a load or destroys a model, whatever the plugin makes of it: nothing of it is used again.
@@ -624,8 +628,7 @@ impl WeightBackend for PluginBackend {
             check(device, &c_plan, &mut report, record)
         })?;
         if report.refusal_count != 0 {
-            let what =
-                crate::header::text(&refusals[0].reason).unwrap_or_else(|| "(no readable reason)".into());
+            let what = text(&refusals[0].reason).unwrap_or_else(|| "(no readable reason)".into());
             return Err(Error::Unsupported {
                 backend: self.info.name.clone(),
                 what: UnsupportedWhat::Other(format!(

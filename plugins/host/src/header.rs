@@ -68,7 +68,7 @@ impl Header {
                 address = Some(symbol.address());
             }
             if exports.len() < MAX_EXPORTS {
-                exports.push(name.to_owned());
+                exports.push(shown(name));
             }
         }
         exports.sort_unstable();
@@ -205,8 +205,45 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A NUL-terminated string in a fixed field, if it is one.
+/// A NUL-terminated string in a fixed field, if it is one, as it may be shown.
 pub(crate) fn text(field: &[u8]) -> Option<String> {
     let end = field.iter().position(|b| *b == 0)?;
-    String::from_utf8(field[..end].to_vec()).ok()
+    std::str::from_utf8(&field[..end]).ok().map(shown)
+}
+
+/// Words of a plugin as a terminal may show them: what would steer it, or turn the direction of writing, is spelled out.
+pub(crate) fn shown(text: &str) -> String {
+    let steers = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200E}' | '\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}')
+    };
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if steers(c) {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_steer_a_terminal_is_spelled_out() {
+        assert_eq!(
+            shown("Grafikkarte Nr. 1 \"ß\" \\ 日本"),
+            "Grafikkarte Nr. 1 \"ß\" \\ 日本"
+        );
+        assert_eq!(
+            shown("\u{1b}[2J\r\n\t\u{9b}1m\u{202e}"),
+            "\\u{1b}[2J\\r\\n\\t\\u{9b}1m\\u{202e}"
+        );
+        assert_eq!(text(b"a\x07b\0c").as_deref(), Some("a\\u{7}b"));
+        assert_eq!(text(b"\xff\0"), None);
+        assert_eq!(text(b"unended"), None);
+    }
 }

@@ -13,7 +13,7 @@ use hoist_plugin_abi::{ErrorRecord, Host, OPEN_SYMBOL, Plugin, Status};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use crate::float_mode::FloatMode;
-use crate::header::{Header, text};
+use crate::header::{Header, shown, text};
 use crate::isolate::{Isolation, Worker};
 use crate::policy::Candidate;
 use crate::{Error, Result, parting};
@@ -331,14 +331,14 @@ fn check_table(path: &Path, t: &Plugin) -> Result<()> {
 /// Longest message of a plugin that is passed on.
 const MAX_MESSAGE: u64 = 4096;
 
-/// The host's log: messages go to `tracing`, with what is not UTF-8 replaced.
+/// The host's log: messages go to `tracing`, with what is not UTF-8 replaced and what would steer a terminal spelled out.
 unsafe extern "C" fn log(_context: *mut c_void, level: u32, message: *const u8, len: u64) {
     if message.is_null() {
         return;
     }
     // SAFETY: the plugin vouches for `len` readable bytes; at most `MAX_MESSAGE` of them are read.
     let bytes = unsafe { std::slice::from_raw_parts(message, len.min(MAX_MESSAGE) as usize) };
-    let message = String::from_utf8_lossy(bytes);
+    let message = shown(&String::from_utf8_lossy(bytes));
     match level {
         abi::LOG_ERROR => tracing::error!(target: "hoist_plugin", "{message}"),
         abi::LOG_WARN => tracing::warn!(target: "hoist_plugin", "{message}"),

@@ -3,8 +3,10 @@
 use std::io::Read;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use crate::header::shown;
 use crate::policy::Candidate;
 use crate::{Error, Result};
 
@@ -80,10 +82,18 @@ impl Probe {
                 None => std::thread::sleep(POLL),
             }
         };
-        // A reader that panicked has nothing to tell.
-        let collect = |reader: Option<std::thread::JoinHandle<String>>| match reader.map(|r| r.join()) {
-            Some(Ok(text)) => text,
-            Some(Err(_)) | None => String::new(),
+        // A process that the library left behind may hold the pipes open for ever: it is not waited for. A reader that is gone
+        // has nothing to tell.
+        let collect = |reader: Option<mpsc::Receiver<String>>| {
+            let left = limit.saturating_sub(started.elapsed()).max(POLL);
+            match reader.map(|r| r.recv_timeout(left)) {
+                Some(Err(mpsc::RecvTimeoutError::Timeout)) => Err(fail(format!(
+                    "it left a process behind that kept its output open for {} ms",
+                    limit.as_millis()
+                ))),
+                Some(Ok(text)) => Ok(text),
+                Some(Err(mpsc::RecvTimeoutError::Disconnected)) | None => Ok(String::new()),
+            }
         };
         let Some(status) = status else {
             return Err(fail(format!(
@@ -91,7 +101,7 @@ impl Probe {
                 limit.as_millis()
             )));
         };
-        let (stdout, stderr) = (collect(stdout), collect(stderr));
+        let (stdout, stderr) = (collect(stdout)?, collect(stderr)?);
         let answered = stdout
             .lines()
             .any(|line| line.split(' ').take(2).eq(["hoist-probe", nonce.as_str()]));
@@ -101,7 +111,7 @@ impl Probe {
         let said = stderr
             .lines()
             .last()
-            .map(|l| format!(": {l}"))
+            .map(|l| format!(": {}", shown(l)))
             .unwrap_or_else(String::new);
         Err(fail(match status.code() {
             Some(0) => "the process that loaded it exited with 0 and no result".to_owned(),
@@ -110,15 +120,18 @@ impl Probe {
     }
 }
 
-fn drain(pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
+fn drain(pipe: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+    let (told, text) = mpsc::channel();
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
         let mut pipe = pipe;
         // What could not be read is missing from a message, no more.
         let _ = pipe.by_ref().take(MAX_OUTPUT).read_to_end(&mut bytes);
         let _ = std::io::copy(&mut pipe, &mut std::io::sink());
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
+        // Whoever asked may have gone on.
+        let _ = told.send(String::from_utf8_lossy(&bytes).into_owned());
+    });
+    text
 }
 
 pub(crate) fn describe(status: ExitStatus) -> String {
