@@ -3,7 +3,7 @@ use hoist_backend::{
     IndexLayout, IndexReceipt, Lifecycle, Limits, LoadPlan, LoadReceipt, LoadWatch, MemoryByClass,
     MemoryInfo, NumericsClass, OpSet, OpenOptions, Outputs, PhaseTime, Result, Role, SequenceId, Sizing,
     Slot, State, TokenBatch, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource,
-    WorkspaceBytes, WorkspaceDims,
+    WorkspaceBytes, WorkspaceDims, check_read_back,
 };
 
 use crate::decode::{self, Instructions};
@@ -321,23 +321,8 @@ impl WeightBackend for CpuBackend {
     fn read_back(&mut self, weight: WeightId, offset: u64, out: &mut [u8]) -> Result<()> {
         let residency = self.expect_resident("read_back")?;
         let weight = residency.weight(weight)?;
-        let block = weight.encoding.block_bytes();
-        let nbytes = weight.nbytes() as u64;
-        let end = offset.checked_add(out.len() as u64).filter(|end| *end <= nbytes);
-        let Some(end) = end else {
-            return Err(Error::invalid(
-                format!("range of `{}` to read back", weight.name),
-                format!("one that ends by {nbytes}"),
-                format!("{offset} + {}", out.len()),
-            ));
-        };
-        if !offset.is_multiple_of(block) || !end.is_multiple_of(block) {
-            return Err(Error::invalid(
-                format!("range of `{}` to read back", weight.name),
-                format!("multiples of a block of {block} bytes"),
-                format!("{offset}..{end}"),
-            ));
-        }
+        let (nbytes, block) = (weight.nbytes() as u64, weight.encoding.block_bytes());
+        check_read_back(&weight.name, nbytes, block, offset, out.len() as u64)?;
         residency.read_back(self.on.isa, weight, offset as usize, out)
     }
 
@@ -425,25 +410,13 @@ impl DecodeBackend for CpuBackend {
 
     fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {
         self.lifecycle.expect("truncate", State::Prepared)?;
-        let held = self.sequence_length(sequence)?;
-        if length > held {
-            return Err(Error::invalid(
-                format!("length to cut sequence {} to", sequence.0),
-                format!("at most {held}"),
-                length,
-            ));
-        }
-        if let Some(workspace) = &mut self.workspace {
-            workspace.lengths[sequence.0 as usize] = length;
-        }
+        let lengths = self.workspace.as_mut().map_or(&mut [][..], |w| &mut w.lengths);
+        *sequence.cut_in(lengths, length)? = length;
         Ok(())
     }
 
     fn sequence_length(&self, sequence: SequenceId) -> Result<u32> {
         let lengths = self.workspace.as_ref().map_or(&[][..], |w| &w.lengths);
-        lengths
-            .get(sequence.0 as usize)
-            .copied()
-            .ok_or_else(|| Error::invalid("sequence", format!("below {}", lengths.len()), sequence.0))
+        sequence.length_in(lengths)
     }
 }

@@ -5,7 +5,7 @@ use hoist_backend::{
     IndexLayout, IndexReceipt, Lifecycle, Limits, LoadPlan, LoadReceipt, LoadWatch, MemoryByClass,
     MemoryInfo, NumericsClass, OpSet, OpenOptions, Outputs, Result, Role, SequenceId, Sizing, Slot, State,
     TokenBatch, UnsupportedWhat, UploadLedger, WeightBackend, WeightId, WeightIndex, WeightSource,
-    WorkspaceBytes, WorkspaceDims,
+    WorkspaceBytes, WorkspaceDims, check_read_back,
 };
 
 use crate::decode;
@@ -348,23 +348,7 @@ impl WeightBackend for WgpuBackend {
         let residency = self.residency.as_mut().ok_or_else(|| missing("weights"))?;
         let resident = residency.weight(weight)?;
         let block = resident.encoding.block_bytes();
-        let nbytes = resident.nbytes;
-        let what = || format!("range of `{}` to read back", resident.name);
-        let end = offset.checked_add(out.len() as u64).filter(|end| *end <= nbytes);
-        let Some(end) = end else {
-            return Err(Error::invalid(
-                what(),
-                format!("one that ends by {nbytes}"),
-                format!("{offset} + {}", out.len()),
-            ));
-        };
-        if !offset.is_multiple_of(block) || !end.is_multiple_of(block) {
-            return Err(Error::invalid(
-                what(),
-                format!("multiples of a block of {block} bytes"),
-                format!("{offset}..{end}"),
-            ));
-        }
+        check_read_back(&resident.name, resident.nbytes, block, offset, out.len() as u64)?;
         residency.read(&self.gpu, weight, offset, out)
     }
 
@@ -432,25 +416,13 @@ impl DecodeBackend for WgpuBackend {
 
     fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {
         self.lifecycle.expect("truncate", State::Prepared)?;
-        let held = self.sequence_length(sequence)?;
-        if length > held {
-            return Err(Error::invalid(
-                format!("length to cut sequence {} to", sequence.0),
-                format!("at most {held}"),
-                length,
-            ));
-        }
-        if let Some(work) = &mut self.workspace {
-            work.lengths[sequence.0 as usize] = length;
-        }
+        let lengths = self.workspace.as_mut().map_or(&mut [][..], |w| &mut w.lengths);
+        *sequence.cut_in(lengths, length)? = length;
         Ok(())
     }
 
     fn sequence_length(&self, sequence: SequenceId) -> Result<u32> {
         let lengths = self.workspace.as_ref().map_or(&[][..], |w| &w.lengths);
-        lengths
-            .get(sequence.0 as usize)
-            .copied()
-            .ok_or_else(|| Error::invalid("sequence", format!("below {}", lengths.len()), sequence.0))
+        sequence.length_in(lengths)
     }
 }

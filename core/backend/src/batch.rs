@@ -4,6 +4,35 @@ use crate::{Capacity, Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId(pub u32);
 
+impl SequenceId {
+    /// Its length, of those that all sequences have.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if there is no such sequence.
+    pub fn length_in(self, lengths: &[u32]) -> Result<u32> {
+        lengths
+            .get(self.0 as usize)
+            .copied()
+            .ok_or_else(|| Error::invalid("sequence", format!("below {}", lengths.len()), self.0))
+    }
+
+    /// The place of its length, if it can be cut to `length` tokens.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if there is no such sequence, or if it is shorter.
+    pub fn cut_in(self, lengths: &mut [u32], length: u32) -> Result<&mut u32> {
+        let held = self.length_in(lengths)?;
+        if length > held {
+            return Err(Error::invalid(
+                format!("length to cut sequence {} to", self.0),
+                format!("at most {held}"),
+                length,
+            ));
+        }
+        Ok(&mut lengths[self.0 as usize])
+    }
+}
+
 /// What a token's position should yield.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Want {
@@ -106,13 +135,7 @@ pub fn admit(
     }
     for run in batch.runs {
         let sequence = run.sequence.0;
-        let Some(&length) = lengths.get(sequence as usize) else {
-            return Err(Error::invalid(
-                "sequence",
-                format!("below {}", lengths.len()),
-                sequence,
-            ));
-        };
+        let length = run.sequence.length_in(lengths)?;
         // A run has at least one token, so that every earlier run of this sequence has left a row.
         if rows.iter().any(|row| row.sequence == sequence) {
             return Err(Error::invalid(
@@ -201,6 +224,18 @@ mod tests {
         };
         admit(&TokenBatch { runs }, &out, 5, &capacity(), &[0, 3], &mut rows)?;
         Ok(rows)
+    }
+
+    #[test]
+    fn a_sequence_is_cut_to_no_more_than_it_holds() {
+        let mut lengths = [0, 3];
+        *SequenceId(1).cut_in(&mut lengths, 3).unwrap() = 3;
+        *SequenceId(1).cut_in(&mut lengths, 2).unwrap() = 2;
+        assert_eq!(SequenceId(1).length_in(&lengths).unwrap(), 2);
+        assert!(SequenceId(1).cut_in(&mut lengths, 3).is_err());
+        assert!(SequenceId(2).cut_in(&mut lengths, 0).is_err());
+        assert!(SequenceId(0).length_in(&[]).is_err());
+        assert_eq!(lengths, [0, 2]);
     }
 
     #[test]

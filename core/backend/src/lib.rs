@@ -75,8 +75,8 @@ mod workspace;
 
 pub use batch::{Outputs, Run, SequenceId, TokenBatch, TokenRow, Want, admit};
 pub use device::{
-    BackendInfo, DeviceInfo, EncodingSet, FloatLayout, Limits, NumericsClass, OpSet, OpenOptions, Outline,
-    Sizing,
+    BackendInfo, BrokenLimit, DeviceInfo, EncodingSet, FloatLayout, Limits, NumericsClass, OpSet,
+    OpenOptions, Outline, Sizing,
 };
 pub use encoding::{Encoding, EncodingKind};
 pub use error::{Error, Result, UnsupportedWhat};
@@ -84,7 +84,9 @@ pub use index::{IndexEntry, IndexLayout, IndexReceipt, Slot, WeightIndex};
 pub use ledger::UploadLedger;
 pub use lifecycle::{Lifecycle, State};
 pub use memory::{DeviceMemory, MemoryByClass, MemoryInfo};
-pub use plan::{LoadPlan, Shape, SourceView, ValueChange, WeightClass, WeightId, WeightPlan};
+pub use plan::{
+    LoadPlan, Shape, SourceView, ValueChange, WeightClass, WeightId, WeightPlan, check_read_back,
+};
 pub use profile::PhaseTime;
 pub use program::{
     ActivationKind, DecodeProgram, KvSpec, Op, OpKind, OpName, RopeStyle, Table, TableId, ValueId, ValueKind,

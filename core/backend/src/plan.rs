@@ -250,6 +250,30 @@ pub struct LoadPlan {
     pub source_bytes: u64,
 }
 
+/// Checks a range of a weight's canonical bytes that is to be read back: whole blocks of `granule` bytes within `nbytes`. `name`
+/// is the weight's, for messages.
+///
+/// # Errors
+/// [`Error::InvalidArgument`]
+pub fn check_read_back(name: &str, nbytes: u64, granule: u64, offset: u64, len: u64) -> Result<()> {
+    let what = || format!("range of `{name}` to read back");
+    let Some(end) = offset.checked_add(len).filter(|end| *end <= nbytes) else {
+        return Err(Error::invalid(
+            what(),
+            format!("one that ends by {nbytes}"),
+            format!("{offset} + {len}"),
+        ));
+    };
+    if !offset.is_multiple_of(granule) || !end.is_multiple_of(granule) {
+        return Err(Error::invalid(
+            what(),
+            format!("multiples of a block of {granule} bytes"),
+            format!("{offset}..{end}"),
+        ));
+    }
+    Ok(())
+}
+
 impl LoadPlan {
     /// The weight of that id.
     ///
@@ -266,6 +290,14 @@ impl LoadPlan {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_whole_blocks_are_read_back() {
+        let check = |offset, len| check_read_back("w", 54, 18, offset, len).is_ok();
+        assert!(check(0, 54) && check(36, 18) && check(54, 0));
+        assert!(!check(0, 72) && !check(54, 18) && !check(u64::MAX - 17, 18));
+        assert!(!check(9, 18) && !check(0, 9));
+    }
 
     #[test]
     fn a_view_is_contiguous_only_without_gaps() {

@@ -11,7 +11,7 @@ use hoist_backend::{
     IndexReceipt, Lifecycle, LoadPlan, LoadReceipt, LoadWatch, Mapping, MemoryByClass, MemoryInfo, OpName,
     OpenOptions, Outputs, Phase, Progress, Result, SequenceId, State, TokenBatch, UnsupportedWhat,
     UploadLedger, Want, WeightBackend, WeightClass, WeightId, WeightSource, WorkspaceBytes, WorkspaceDims,
-    push_all,
+    check_read_back, push_all,
 };
 use hoist_plugin_abi as abi;
 use hoist_plugin_abi::{Handle, Status};
@@ -854,14 +854,7 @@ impl WeightBackend for PluginBackend {
             weights: self.weights.len(),
         })?;
         let len = out.len() as u64;
-        let aligned = offset.is_multiple_of(facts.granule) && len.is_multiple_of(facts.granule);
-        if !aligned || offset.checked_add(len).is_none_or(|end| end > facts.nbytes) {
-            return Err(Error::invalid(
-                format!("range of `{}`", facts.name),
-                format!("whole blocks of {} bytes within {}", facts.granule, facts.nbytes),
-                format!("{len} bytes at {offset}"),
-            ));
-        }
+        check_read_back(&facts.name, facts.nbytes, facts.granule, offset, len)?;
         let (f, model) = (required!(self, readback), self.model);
         // SAFETY: `out` holds the `len` bytes that are written.
         self.call("readback", |record| unsafe {
@@ -965,13 +958,7 @@ impl Decode {
         }
         for run in batch.runs {
             let sequence = run.sequence.0;
-            let Some(length) = self.lengths.get(sequence as usize).copied() else {
-                return Err(Error::invalid(
-                    "sequence",
-                    format!("below {}", self.lengths.len()),
-                    sequence,
-                ));
-            };
+            let length = run.sequence.length_in(&self.lengths)?;
             if std::mem::replace(&mut self.seen[sequence as usize], true) {
                 return Err(Error::invalid(
                     format!("runs of sequence {sequence}"),
@@ -1098,14 +1085,7 @@ impl DecodeBackend for PluginBackend {
     fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {
         self.check_poison()?;
         self.lifecycle.expect("truncate", State::Prepared)?;
-        let holds = self.sequence_length(sequence)?;
-        if length > holds {
-            return Err(Error::invalid(
-                format!("length of sequence {}", sequence.0),
-                format!("at most {holds}"),
-                length,
-            ));
-        }
+        sequence.cut_in(&mut self.decode.lengths, length)?;
         let (f, model) = (required!(self, truncate), self.model);
         // SAFETY: passes numbers and a record.
         self.call("truncate", |record| unsafe {
@@ -1116,17 +1096,7 @@ impl DecodeBackend for PluginBackend {
     }
 
     fn sequence_length(&self, sequence: SequenceId) -> Result<u32> {
-        self.decode
-            .lengths
-            .get(sequence.0 as usize)
-            .copied()
-            .ok_or_else(|| {
-                Error::invalid(
-                    "sequence",
-                    format!("below {}", self.decode.lengths.len()),
-                    sequence.0,
-                )
-            })
+        sequence.length_in(&self.decode.lengths)
     }
 }
 
