@@ -61,6 +61,26 @@ pub(crate) unsafe fn write_struct<T: Copy>(target: *mut T, own: &T, what: &str) 
     Ok(())
 }
 
+/// As [`write_struct`], unless the caller wants none.
+///
+/// # Safety
+/// As [`write_struct`], or `target` is NULL.
+pub(crate) unsafe fn write_if_wanted<T: Copy>(target: *mut T, own: &T, what: &str) -> Checked<()> {
+    if target.is_null() {
+        return Ok(());
+    }
+    // SAFETY: passed on.
+    unsafe { write_struct(target, own, what) }
+}
+
+/// Demands a place for a result, before anything is done that would yield one.
+pub(crate) fn check_place<T>(place: *mut T, what: &str) -> Checked<()> {
+    if place.is_null() || !place.is_aligned() {
+        return Err(Problem::invalid(format!("`{what}` is NULL or misaligned")));
+    }
+    Ok(())
+}
+
 /// An array of C's.
 ///
 /// # Safety

@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
-use hoist_backend::{LoadPlan, Run, State, Want, WeightBackend};
+use hoist_backend::{DecodeBackend, LoadPlan, Run, State, Want, WeightBackend};
 use hoist_plugin_abi::Status;
 
 use crate::handles::{Kind, Parts, encode};
@@ -132,6 +132,24 @@ impl DeviceState {
         problem
     }
 
+    /// A call of the backend, whose error becomes a problem.
+    pub(crate) fn ask<T>(
+        &mut self,
+        call: impl FnOnce(&mut dyn WeightBackend) -> hoist_backend::Result<T>,
+    ) -> Result<T, Problem> {
+        let answer = call(self.backend.as_mut());
+        answer.map_err(|e| self.problem(&e))
+    }
+
+    /// As [`DeviceState::ask`], of the backend's decoding side.
+    pub(crate) fn ask_decoder<T>(
+        &mut self,
+        call: impl FnOnce(&mut dyn DecodeBackend) -> hoist_backend::Result<T>,
+    ) -> Result<T, Problem> {
+        let answer = call(self.backend.as_decode().ok_or_else(no_decoder)?);
+        answer.map_err(|e| self.problem(&e))
+    }
+
     /// Back to OPEN: what was loaded is gone, and so are its handles.
     pub(crate) fn emptied(&mut self) {
         self.state = State::Empty;
@@ -139,4 +157,8 @@ impl DeviceState {
         self.step = Step::default();
         self.notes = String::new();
     }
+}
+
+pub(crate) fn no_decoder() -> Problem {
+    Problem::new(Status::UNSUPPORTED, "this backend only holds weights")
 }

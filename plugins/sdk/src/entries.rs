@@ -11,8 +11,8 @@ use hoist_backend::{
 use hoist_plugin_abi as abi;
 use hoist_plugin_abi::{ErrorRecord, Handle, Host, Plugin, Status};
 
-use crate::convert::{self, Checked, read_struct, slice, write_struct};
-use crate::device::{Device, DeviceState};
+use crate::convert::{self, Checked, check_place, read_struct, slice, write_if_wanted, write_struct};
+use crate::device::{Device, DeviceState, no_decoder};
 use crate::handles::{Kind, Table, decode, encode};
 use crate::report::Problem;
 use crate::{notes, panics};
@@ -76,9 +76,7 @@ pub unsafe fn open(
     guard(error, || {
         // SAFETY: passed on.
         let host = unsafe { read_struct(host, "host") }?;
-        if plugin.is_null() {
-            return Err(Problem::invalid("`plugin` is NULL"));
-        }
+        check_place(plugin, "plugin")?;
         if !(abi::ABI_MINOR_MIN..=abi::ABI_MINOR_MAX).contains(&minor) {
             return Err(Problem::new(
                 Status::VERSION,
@@ -92,7 +90,7 @@ pub unsafe fn open(
         panics::tell(&host);
         *lock(&PROVIDER) = Some(make().into());
         let table = if decodes { &TABLE } else { &RESIDENCY_TABLE };
-        // SAFETY: not NULL; the caller vouches for the rest.
+        // SAFETY: checked above; the caller vouches for the rest.
         unsafe { plugin.write(table) };
         Ok(())
     })
@@ -187,12 +185,10 @@ fn devices() -> Checked<Vec<DeviceInfo>> {
 
 unsafe extern "C" fn device_count(count: *mut u32, error: *mut ErrorRecord) -> Status {
     guard(error, || {
-        if count.is_null() {
-            return Err(Problem::invalid("`count` is NULL"));
-        }
+        check_place(count, "count")?;
         let n = u32::try_from(devices()?.len())
             .map_err(|_| Problem::new(Status::INTERNAL, "too many devices"))?;
-        // SAFETY: not NULL; the caller vouches for the rest.
+        // SAFETY: checked above; the caller vouches for the rest.
         unsafe { count.write(n) };
         Ok(())
     })
@@ -227,9 +223,7 @@ unsafe extern "C" fn device_open(
     error: *mut ErrorRecord,
 ) -> Status {
     guard(error, || {
-        if device.is_null() {
-            return Err(Problem::invalid("`device` is NULL"));
-        }
+        check_place(device, "device")?;
         // SAFETY: passed on.
         let options = unsafe { convert::open_options(options) }?;
         let backend = provider()?
@@ -238,7 +232,7 @@ unsafe extern "C" fn device_open(
         let parts = DEVICES
             .insert(|parts| Device::new(parts, backend))
             .map_err(|s| Problem::new(s, "too many devices"))?;
-        // SAFETY: not NULL; the caller vouches for the rest.
+        // SAFETY: checked above; the caller vouches for the rest.
         unsafe { device.write(encode(Kind::Device, parts)) };
         Ok(())
     })
@@ -260,8 +254,7 @@ unsafe extern "C" fn memory_info(
     guard(error, || {
         let info = serial(&*find(device)?, |state| {
             state.check_poison()?;
-            let info = state.backend.memory();
-            info.map_err(|e| state.problem(&e))
+            state.ask(|b| b.memory())
         })?;
         let mut own = abi::DeviceMemory::default();
         for d in &info.devices {
@@ -331,9 +324,7 @@ unsafe extern "C" fn load_begin(
     error: *mut ErrorRecord,
 ) -> Status {
     guard(error, || {
-        if load.is_null() {
-            return Err(Problem::invalid("`load` is NULL"));
-        }
+        check_place(load, "load")?;
         // SAFETY: passed on.
         let (plan, refused) = unsafe { convert::plan(plan) }?;
         if let Some((tensor, reason)) = refused.into_iter().next() {
@@ -354,7 +345,7 @@ unsafe extern "C" fn load_begin(
             state.epoch = state.epoch.wrapping_add(1);
             Ok(device.handle(Kind::Load, state))
         })?;
-        // SAFETY: not NULL; the caller vouches for the rest.
+        // SAFETY: checked above; the caller vouches for the rest.
         unsafe { load.write(handle) };
         Ok(())
     })
@@ -384,12 +375,11 @@ unsafe extern "C" fn upload(load: Handle, chunk: *const abi::Chunk, error: *mut 
                 offset: c.offset,
                 bytes,
             };
-            let done = match class {
-                WeightClass::Quantized => state.backend.upload_quantized(chunk),
-                WeightClass::Float | WeightClass::Bias => state.backend.upload_f32(chunk),
-                WeightClass::Gamma => state.backend.upload_gamma(chunk),
-            };
-            done.map_err(|e| state.problem(&e))
+            state.ask(|b| match class {
+                WeightClass::Quantized => b.upload_quantized(chunk),
+                WeightClass::Float | WeightClass::Bias => b.upload_f32(chunk),
+                WeightClass::Gamma => b.upload_gamma(chunk),
+            })
         })
     })
 }
@@ -498,15 +488,13 @@ unsafe extern "C" fn stats(
     error: *mut ErrorRecord,
 ) -> Status {
     guard(error, || {
-        if needed.is_null() {
-            return Err(Problem::invalid("`needed` is NULL"));
-        }
+        check_place(needed, "needed")?;
         let text = serial(&*find(device)?, |state| {
             state.expect_at_least("stats", State::Loaded)?;
             Ok(state.notes.clone())
         })?;
         let len = text.len() as u64;
-        // SAFETY: not NULL; the caller vouches for the rest.
+        // SAFETY: checked above; the caller vouches for the rest.
         unsafe { needed.write(len) };
         if len <= capacity {
             // SAFETY: the caller vouches for `capacity` writable bytes.
@@ -523,13 +511,10 @@ unsafe extern "C" fn load_commit(
     error: *mut ErrorRecord,
 ) -> Status {
     guard(error, || {
-        if model.is_null() {
-            return Err(Problem::invalid("`model` is NULL"));
-        }
+        check_place(model, "model")?;
         let (handle, own) = on_child(load, Kind::Load, |device, state| {
             state.check_poison()?;
-            let r = state.backend.finish_load();
-            let r = r.map_err(|e| state.problem(&e))?;
+            let r = state.ask(|b| b.finish_load())?;
             state.state = State::Loaded;
             state.notes = notes::json(&r.notes);
             let own = abi::LoadReceipt {
@@ -540,13 +525,10 @@ unsafe extern "C" fn load_commit(
             };
             Ok((device.handle(Kind::Model, state), own))
         })?;
-        // SAFETY: not NULL; the caller vouches for the rest.
+        // SAFETY: checked above; the caller vouches for the rest.
         unsafe { model.write(handle) };
-        if receipt.is_null() {
-            return Ok(());
-        }
         // SAFETY: passed on.
-        unsafe { write_struct(receipt, &own, "receipt") }
+        unsafe { write_if_wanted(receipt, &own, "receipt") }
     })
 }
 
@@ -573,8 +555,7 @@ unsafe extern "C" fn readback(
         let out = unsafe { slice_mut(out, len, "out") }?;
         on_child(model, Kind::Model, |_, state| {
             state.check_poison()?;
-            let done = state.backend.read_back(WeightId(tensor), offset, out);
-            done.map_err(|e| state.problem(&e))
+            state.ask(|b| b.read_back(WeightId(tensor), offset, out))
         })
     })
 }
@@ -597,8 +578,7 @@ unsafe extern "C" fn digest(model: Handle, tensor: u32, digest: *mut u8, error: 
         let out = unsafe { slice_mut(digest, 32, "digest") }?;
         let own = on_child(model, Kind::Model, |_, state| {
             state.check_poison()?;
-            let own = state.backend.digest(WeightId(tensor));
-            own.map_err(|e| state.problem(&e))
+            state.ask(|b| b.digest(WeightId(tensor)))
         })?;
         let own = own.ok_or_else(|| Problem::new(Status::UNSUPPORTED, "the device computes no digests"))?;
         out.copy_from_slice(&own);
@@ -653,8 +633,7 @@ unsafe extern "C" fn build_index(
         let layout = unsafe { convert::index_layout(layout) }?;
         let own = on_child(model, Kind::Model, |_, state| {
             state.expect("build_index", State::Loaded)?;
-            let r = state.backend.build_index(&layout);
-            let r = r.map_err(|e| state.problem(&e))?;
+            let r = state.ask(|b| b.build_index(&layout))?;
             state.state = State::Indexed;
             Ok(abi::IndexReceipt {
                 struct_size: size_of::<abi::IndexReceipt>() as u32,
@@ -664,11 +643,8 @@ unsafe extern "C" fn build_index(
                 bytes: r.bytes,
             })
         })?;
-        if receipt.is_null() {
-            return Ok(());
-        }
         // SAFETY: passed on.
-        unsafe { write_struct(receipt, &own, "receipt") }
+        unsafe { write_if_wanted(receipt, &own, "receipt") }
     })
 }
 
@@ -692,8 +668,7 @@ unsafe extern "C" fn workspace_bytes(
         let dims = unsafe { convert::workspace_dims(dims) }?;
         let own = serial(&*find(device)?, |state| {
             state.check_poison()?;
-            let own = state.backend.workspace_bytes(&dims);
-            own.map_err(|e| state.problem(&e))
+            state.ask(|b| b.workspace_bytes(&dims))
         })?;
         // SAFETY: passed on.
         unsafe { write_struct(bytes, &c_bytes(own), "bytes") }
@@ -711,23 +686,15 @@ unsafe extern "C" fn workspace_create(
         let dims = unsafe { convert::workspace_dims(dims) }?;
         let own = on_child(model, Kind::Model, |_, state| {
             state.expect("workspace_create", State::Indexed)?;
-            let own = state.backend.init_workspace(&dims);
-            let own = own.map_err(|e| state.problem(&e))?;
+            let own = state.ask(|b| b.init_workspace(&dims))?;
             state.step.wants = Vec::with_capacity(dims.capacity.max_batch_tokens as usize);
             state.step.runs = Vec::with_capacity(dims.capacity.max_sequences as usize);
             state.state = State::Ready;
             Ok(own)
         })?;
-        if bytes.is_null() {
-            return Ok(());
-        }
         // SAFETY: passed on.
-        unsafe { write_struct(bytes, &c_bytes(own), "bytes") }
+        unsafe { write_if_wanted(bytes, &c_bytes(own), "bytes") }
     })
-}
-
-fn no_decoder() -> Problem {
-    Problem::new(Status::UNSUPPORTED, "this backend only holds weights")
 }
 
 unsafe extern "C" fn prepare(model: Handle, program: *const abi::Program, error: *mut ErrorRecord) -> Status {
@@ -736,12 +703,7 @@ unsafe extern "C" fn prepare(model: Handle, program: *const abi::Program, error:
         let program = unsafe { convert::program(program) }?;
         on_child(model, Kind::Model, |_, state| {
             state.expect_at_least("prepare", State::Ready)?;
-            let done = state
-                .backend
-                .as_decode()
-                .ok_or_else(no_decoder)?
-                .prepare(&program);
-            done.map_err(|e| state.problem(&e))?;
+            state.ask_decoder(|d| d.prepare(&program))?;
             state.state = State::Prepared;
             Ok(())
         })
@@ -833,12 +795,7 @@ unsafe extern "C" fn truncate(model: Handle, sequence: u32, length: u32, error: 
     guard(error, || {
         on_child(model, Kind::Model, |_, state| {
             state.expect("truncate", State::Prepared)?;
-            let done = state
-                .backend
-                .as_decode()
-                .ok_or_else(no_decoder)?
-                .truncate(SequenceId(sequence), length);
-            done.map_err(|e| state.problem(&e))
+            state.ask_decoder(|d| d.truncate(SequenceId(sequence), length))
         })
     })
 }
