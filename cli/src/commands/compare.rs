@@ -11,6 +11,7 @@ use crate::args::{DeviceArgs, ModelArg};
 use crate::exit::Code;
 use crate::report::table::{self, Align};
 use crate::report::{self, print_json, print_text};
+use crate::say::say;
 use crate::watch::{Steps, catch_interrupts, interrupted};
 use crate::{decoding, digests, models};
 
@@ -37,8 +38,8 @@ pub(crate) struct Compare {
     #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "positions")]
     tokens: Vec<u32>,
 
-    /// A text, instead of pseudo-random tokens
-    #[arg(short, long, value_name = "TEXT", conflicts_with_all = ["positions", "tokens"])]
+    /// A text, instead of pseudo-random tokens; `-` reads it from standard input
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with_all = ["positions", "tokens"])]
     prompt: Option<String>,
 
     /// Tokens of a sequence in one batch, separated by commas; more than there are stand for all
@@ -94,11 +95,12 @@ struct Case {
 
 impl Compare {
     pub(crate) fn run(&self, json: bool) -> Result<Code> {
+        let prompt = self.prompt.as_deref().map(decoding::typed).transpose()?;
+        // Not earlier: a request to stop is heeded at once while the prompt is being typed.
         catch_interrupts()?;
         let most = self.batches.iter().copied().max().unwrap_or(1);
-        let mut reference = self.reference()?;
+        let (mut reference, tokens) = self.reference(prompt.as_deref())?;
         let vocab = vocab(&reference);
-        let tokens = self.tokens(&reference, vocab)?;
         // A batch of one has no second order of tokens.
         let orders = usize::from(most > 1) + 1;
         let with = report::plan::backend_json(reference.backend.info());
@@ -170,20 +172,26 @@ impl Compare {
         } else {
             print_text(&text(&cases, equal, &digest))?;
         }
-        if !equal && !exact {
-            eprintln!(
-                "hint: one of these backends does not claim exact results; `hoist conform` holds it to its bounds"
+        if !equal {
+            say(
+                "hint",
+                if exact {
+                    "`hoist logits --dump` writes the logits of one backend to a file"
+                } else {
+                    "one of these backends does not claim exact results; `hoist conform` holds it to its bounds"
+                },
             );
-        } else if !equal {
-            eprintln!("hint: `hoist logits --dump` writes the logits of one backend to a file");
         }
         Ok(if equal { Code::Ok } else { Code::No })
     }
 
-    /// The model on the backend whose bits are the right ones.
-    fn reference(&self) -> Result<LoadedModel> {
+    /// The model on the backend whose bits are the right ones, and the tokens.
+    fn reference(&self, prompt: Option<&str>) -> Result<(LoadedModel, Vec<u32>)> {
+        let plugin = self.with.starts_with("plugin:");
         let device = DeviceArgs {
             backend: self.with.clone(),
+            isolate: self.device.isolate && plugin,
+            probe_limit: self.device.probe_limit.filter(|_| plugin),
             memory: None,
             import: false,
             force_scalar: false,
@@ -191,29 +199,28 @@ impl Compare {
             ..self.device.clone()
         };
         let opened = models::open(&self.model)?;
-        let mut decode = DecodeOptions::default();
-        let n = match (&self.prompt, self.tokens.len()) {
-            (Some(text), _) => {
-                let tokenizer = Tokenizer::from_manifest(&opened.manifest)?;
-                encode(&tokenizer, text)?.len()
-            }
-            (None, 0) => self.positions as usize,
-            (None, n) => n,
+        let given = match prompt {
+            Some(text) => encode(&Tokenizer::from_manifest(&opened.manifest)?, text)?,
+            None => self.tokens.clone(),
         };
-        decoding::widen(&mut decode, &opened, n);
-        decoding::load(opened, &device, decode)
-    }
-
-    fn tokens(&self, loaded: &LoadedModel, vocab: u32) -> Result<Vec<u32>> {
-        if let Some(text) = &self.prompt {
-            return encode(&Tokenizer::from_manifest(&loaded.manifest)?, text);
-        }
-        if !self.tokens.is_empty() {
-            return Ok(self.tokens.clone());
-        }
-        Ok((0..self.positions)
-            .map(|i| decoding::pseudo_random(0, i) % vocab)
-            .collect())
+        let positions = if given.is_empty() {
+            self.positions as usize
+        } else {
+            given.len()
+        };
+        let mut decode = DecodeOptions::default();
+        decoding::widen(&mut decode, &opened, positions);
+        let loaded = decoding::load(opened, &device, decode)?;
+        let tokens = if given.is_empty() {
+            // A model without tokens is refused before it is loaded.
+            let vocab = vocab(&loaded).max(1);
+            (0..self.positions)
+                .map(|i| decoding::pseudo_random(0, i) % vocab)
+                .collect()
+        } else {
+            given
+        };
+        Ok((loaded, tokens))
     }
 }
 
