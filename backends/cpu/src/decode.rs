@@ -491,18 +491,20 @@ impl Machine<'_> {
         let row_bytes = weight.row_bytes();
         let per_piece =
             PIECE / weight.encoding.block_weights() as usize * weight.encoding.block_bytes() as usize;
+        let (prefix, bytes) = bytes.split_at(weight.encoding.matrix_prefix_bytes() as usize);
         let mut canonical = [0u8; 4 * PIECE];
+        canonical[..prefix.len()].copy_from_slice(prefix);
         for (i, out) in out.chunks_mut(PIECE).enumerate() {
             let start = index * row_bytes + i * per_piece;
             let end = (start + per_piece).min((index + 1) * row_bytes);
-            let canonical = &mut canonical[..end - start];
+            let canonical = &mut canonical[..prefix.len() + end - start];
             kernels::unpack(
                 self.on.isa,
                 weight.encoding,
                 shape.cols as usize,
                 bytes,
                 start..end,
-                canonical,
+                &mut canonical[prefix.len()..],
             );
             hoist_quant::dequantize(weight.encoding, canonical, out).map_err(|e| bug(&e.to_string()))?;
         }

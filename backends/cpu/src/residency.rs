@@ -383,9 +383,14 @@ impl Residency {
         for (matrix, range, part) in by_matrix(weight, at, out.len()) {
             let stored = &stored[matrix * weight.matrix_bytes()..(matrix + 1) * weight.matrix_bytes()];
             if weight.packed {
-                // No encoding with a prefix is packed.
                 let cols = weight.shape.cols as usize;
-                kernels::unpack(isa, weight.encoding, cols, stored, range, &mut out[part]);
+                let (first, rows) = stored.split_at(weight.encoding.matrix_prefix_bytes() as usize);
+                let in_first = range.start.min(first.len())..range.end.min(first.len());
+                let (out_first, out_rows) = out[part].split_at_mut(in_first.len());
+                let in_rows =
+                    range.start.max(first.len()) - first.len()..range.end.max(first.len()) - first.len();
+                out_first.copy_from_slice(&first[in_first]);
+                kernels::unpack(isa, weight.encoding, cols, rows, in_rows, out_rows);
                 continue;
             }
             transpose::gather(weight, range.start, &mut out[part], stored);

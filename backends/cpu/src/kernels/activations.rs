@@ -48,6 +48,17 @@ pub(crate) struct Segment {
 const _: () = assert!(size_of::<Segment>() == 512);
 
 impl Segment {
+    /// `u_j · s` of a block, or of a half block.
+    #[inline(always)]
+    pub(super) fn us(&self, halves: bool, part: usize) -> i32 {
+        let half = |h: usize| (self.us_halves[h / 2] >> (16 * (h % 2))) as i16 as i32;
+        if halves {
+            half(part)
+        } else {
+            half(2 * part) + half(2 * part + 1)
+        }
+    }
+
     /// A zero segment, but for its exponents.
     pub(super) const ZERO: Self = Self {
         q: [0; 64],

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::avx2::Avx2;
-use super::lanes::{Job, Lanes, Sums, Wide};
+use super::lanes::{Job, Lanes, Sums, Wide, forward, lanes};
 
 /// Proof that this machine has AVX-512 F, BW, DQ and VL, VNNI, and what [`Avx2`] proves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,74 +25,7 @@ impl Avx512 {
 type V = __m512i;
 type F = __m512;
 
-/// Forwards methods to the functions of that name below.
-macro_rules! forward {
-    ($(fn $name:ident $(<const $c:ident: $ct:ty>)? ($($a:ident: $t:ty),*) $(-> $r:ty)?;)*) => {$(
-        #[inline(always)]
-        fn $name $(<const $c: $ct>)? (self, $($a: $t),*) $(-> $r)? {
-            // SAFETY: a value of `Avx512` exists only where the instructions do.
-            unsafe { $name $(::<$c>)? ($($a),*) }
-        }
-    )*};
-}
-
-impl Lanes for Avx512 {
-    const ROWS: usize = 16;
-    const NARROW: bool = false;
-    type V = V;
-    type F = F;
-
-    #[inline(always)]
-    fn vectorise<J: Job>(self, job: J) -> J::Output {
-        // SAFETY: a value of `Avx512` exists only where the instructions do.
-        unsafe { vectorise(self, job) }
-    }
-
-    forward! {
-        fn prefetch(bytes: &[u8]);
-        fn load(bytes: &[u8]) -> V;
-        fn store(v: V, bytes: &mut [u8]);
-        fn load_u8(bytes: &[u8]) -> V;
-        fn load_i16(bytes: &[u8]) -> V;
-        fn load_f16(bytes: &[u8]) -> F;
-        fn splat(word: u32) -> V;
-        fn and(a: V, b: V) -> V;
-        fn or(a: V, b: V) -> V;
-        fn shl<const N: u32>(a: V) -> V;
-        fn shr<const N: u32>(a: V) -> V;
-        fn add(a: V, b: V) -> V;
-        fn sub(a: V, b: V) -> V;
-        fn min(a: V, b: V) -> V;
-        fn mul16(a: V, b: V) -> V;
-        fn madd16(a: V, b: V) -> V;
-        fn pow2(e: V) -> F;
-        fn negate(a: F) -> F;
-        fn mul_floor(a: F, b: F) -> V;
-        fn dot(acc: V, w: V, q: u32) -> V;
-        fn dot_add(a: V, b: V) -> V;
-        fn dot_end(acc: V, factor: V) -> V;
-        fn factor(twice: u32) -> V;
-        fn sub_scale<const J: i32>(v: V) -> V;
-        fn signed_sub_scale<const J: i32>(v: V) -> V;
-        fn times(sub_scale: V, twice: u32) -> V;
-        fn pair<const J: i32>(v: V) -> V;
-        fn signed_pair<const J: i32>(v: V) -> V;
-        fn prepare_signed(w: V) -> Wide<V>;
-        fn dot_signed(acc: V, w: Wide<V>, q: u32) -> V;
-        fn dot_signed_end(acc: V, twice: u32, sum: i32) -> V;
-        fn zero_wide() -> Wide<V>;
-        fn mul_add_wide(acc: Wide<V>, a: V, b: V) -> Wide<V>;
-        fn odd(a: V) -> V;
-        fn mul_add_parted(acc: Wide<V>, a: V, b: Wide<V>) -> Wide<V>;
-        fn mul_add_splat(acc: Wide<V>, a: i32, b: Wide<V>) -> Wide<V>;
-        fn add_wide(a: Wide<V>, b: Wide<V>) -> Wide<V>;
-        fn sub_wide(a: Wide<V>, b: Wide<V>) -> Wide<V>;
-        fn shift_wide(a: Wide<V>, by: V) -> Wide<V>;
-        fn load_wide(sums: &Sums) -> Wide<V>;
-        fn store_wide(a: Wide<V>, sums: &mut Sums);
-        fn round(a: Wide<V>, exponents: V, y: &mut [f32]) -> bool;
-    }
-}
+lanes!(Avx512, rows: 16, narrow: false, V, F);
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn vectorise<J: Job>(lanes: Avx512, job: J) -> J::Output {
@@ -195,6 +128,38 @@ fn sub(a: V, b: V) -> V {
 #[inline]
 fn min(a: V, b: V) -> V {
     _mm512_min_epi32(a, b)
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn xor(a: V, b: V) -> V {
+    _mm512_xor_si512(a, b)
+}
+
+#[target_feature(enable = "avx512bw")]
+#[inline]
+fn sub8(a: V, b: V) -> V {
+    _mm512_sub_epi8(a, b)
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn shr_by(a: V, by: V) -> V {
+    _mm512_srlv_epi32(a, by)
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn table(bytes: &[u8; 16]) -> V {
+    // SAFETY: 16 bytes are readable; any alignment is allowed.
+    let bytes = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
+    _mm512_broadcast_i32x4(bytes)
+}
+
+#[target_feature(enable = "avx512bw")]
+#[inline]
+fn look_up(table: V, at: V) -> V {
+    _mm512_shuffle_epi8(table, at)
 }
 
 #[target_feature(enable = "avx512bw")]
@@ -320,6 +285,14 @@ fn dot_signed_end(acc: V, twice: u32, sum: i32) -> V {
         _mm512_mullo_epi32(acc, factor(twice)),
         _mm512_slli_epi32::<7>(splat(sum as u32)),
     )
+}
+
+/// Weights were raised by 128.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn dot_signed_scaled(acc: V, sub_scale: V, twice: u32, us: i32) -> V {
+    let dot = _mm512_sub_epi32(_mm512_mullo_epi32(acc, factor(twice)), splat((us << 7) as u32));
+    _mm512_mullo_epi32(dot, sub_scale)
 }
 
 #[target_feature(enable = "avx512f")]

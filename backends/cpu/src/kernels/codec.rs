@@ -9,9 +9,11 @@ use super::panel::Panel;
 /// `m · 2^8` down by `e* − e_j`, which for f16 exponents is at most 29, so that its clamp at 31 never acts and rounding the
 /// product down is the same.
 #[derive(Clone, Copy)]
-pub(super) struct Powers<F> {
-    pub(super) scale: F,
-    pub(super) min: F,
+pub(super) struct Powers<L: Lanes> {
+    pub(super) scale: L::F,
+    pub(super) min: L::F,
+    /// `e`, for scales that are no f16.
+    pub(super) exponent: L::V,
 }
 
 /// `m_a · I` and `m_a · J`.
@@ -35,6 +37,75 @@ pub(super) struct Form {
     pub(super) sub_scales: bool,
 }
 
+/// A part's accumulated dots: in one vector, or in two where the second half of the part would not fit 16 bits any more.
+pub(super) type Acc<V> = (V, V);
+
+impl Form {
+    /// Four-weight words of a part that has a scale of its own: a block or half block.
+    pub(super) const fn quads(&self) -> usize {
+        if self.halves { 4 } else { 8 }
+    }
+
+    /// Whether a whole part's dots do not fit one 16-bit accumulator.
+    pub(super) const fn splits<L: Lanes>(&self) -> bool {
+        L::NARROW && self.dots < self.quads() && self.dots != 0
+    }
+
+    /// Dots of part `part` of a block: weights and activations, four in each word.
+    #[inline(always)]
+    pub(super) fn dots<L: Lanes>(&self, l: L, w: &[L::V; 8], q: &[u32; 8], part: usize) -> Acc<L::V> {
+        if self.halves {
+            self.fixed_dots::<L, 4>(l, w, q, part)
+        } else {
+            self.fixed_dots::<L, 8>(l, w, q, part)
+        }
+    }
+
+    /// A number of words that is known in time for the loop to be unrolled.
+    #[inline(always)]
+    fn fixed_dots<L: Lanes, const N: usize>(
+        &self,
+        l: L,
+        w: &[L::V; 8],
+        q: &[u32; 8],
+        part: usize,
+    ) -> Acc<L::V> {
+        let mut acc = (l.splat(0), l.splat(0));
+        for i in 0..N {
+            let (w, q) = (w[N * part + i], q[N * part + i]);
+            if self.dots == 0 {
+                acc.0 = l.dot_signed(acc.0, l.prepare_signed(w), q);
+            } else if self.splits::<L>() && i >= N / 2 {
+                acc.1 = l.dot(acc.1, w, q);
+            } else {
+                acc.0 = l.dot(acc.0, w, q);
+            }
+        }
+        acc
+    }
+
+    /// Dots of unsigned weights times a factor.
+    #[inline(always)]
+    pub(super) fn end<L: Lanes>(&self, l: L, acc: Acc<L::V>, factor: L::V) -> L::V {
+        let first = l.dot_end(acc.0, factor);
+        if self.splits::<L>() {
+            l.add(first, l.dot_end(acc.1, factor))
+        } else {
+            first
+        }
+    }
+
+    /// What unsigned weights are too large by, times `v`. It is a power of two where there are sub-scales.
+    #[inline(always)]
+    pub(super) fn times_zero<L: Lanes>(&self, l: L, v: L::V) -> L::V {
+        match self.zero {
+            32 => l.shl::<5>(v),
+            4 => l.shl::<2>(v),
+            _ => v,
+        }
+    }
+}
+
 /// Whatever fills panels of one form.
 pub(super) trait Panelled {
     const FORM: Form;
@@ -42,14 +113,14 @@ pub(super) trait Panelled {
 
 /// A packed encoding. `unit` is a packed segment of [`Lanes::ROWS`] rows.
 pub(super) trait Codec: Panelled {
-    fn product<L: Lanes>(lanes: L, unit: &[u8], x: &Segment, powers: Powers<L::F>) -> Product<L::V>;
+    fn product<L: Lanes>(lanes: L, unit: &[u8], x: &Segment, powers: Powers<L>) -> Product<L::V>;
 
-    fn fill<L: Lanes>(lanes: L, unit: &[u8], powers: Powers<L::F>, panel: &mut Panel);
+    fn fill<L: Lanes>(lanes: L, unit: &[u8], powers: Powers<L>, panel: &mut Panel);
 }
 
 /// Low and high nibbles.
 #[inline(always)]
-fn nibbles<L: Lanes>(l: L, w: L::V) -> (L::V, L::V) {
+pub(super) fn nibbles<L: Lanes>(l: L, w: L::V) -> (L::V, L::V) {
     let mask = l.splat(0x0f0f_0f0f);
     (l.and(w, mask), l.and(l.shr::<4>(w), mask))
 }
@@ -115,7 +186,7 @@ impl<const FIFTHS: bool, const MINS: bool> Panelled for Nibbles<FIFTHS, MINS> {
 
 impl<const FIFTHS: bool, const MINS: bool> Codec for Nibbles<FIFTHS, MINS> {
     #[inline(always)]
-    fn product<L: Lanes>(l: L, unit: &[u8], x: &Segment, powers: Powers<L::F>) -> Product<L::V> {
+    fn product<L: Lanes>(l: L, unit: &[u8], x: &Segment, powers: Powers<L>) -> Product<L::V> {
         let r = L::ROWS;
         let [scales, mins, fifths, nibbles] = Self::split::<L>(unit);
         let (mut mins, mut fifths) = (mins.chunks_exact(2 * r), fifths.chunks_exact(4 * r));
@@ -161,7 +232,7 @@ impl<const FIFTHS: bool, const MINS: bool> Codec for Nibbles<FIFTHS, MINS> {
     }
 
     #[inline(always)]
-    fn fill<L: Lanes>(l: L, unit: &[u8], powers: Powers<L::F>, panel: &mut Panel) {
+    fn fill<L: Lanes>(l: L, unit: &[u8], powers: Powers<L>, panel: &mut Panel) {
         let r = L::ROWS;
         let [scales, mins, fifths, nibbles] = Self::split::<L>(unit);
         let (mut mins, mut fifths) = (mins.chunks_exact(2 * r), fifths.chunks_exact(4 * r));
@@ -200,7 +271,7 @@ impl Panelled for Bytes {
 
 impl Codec for Bytes {
     #[inline(always)]
-    fn product<L: Lanes>(l: L, unit: &[u8], x: &Segment, powers: Powers<L::F>) -> Product<L::V> {
+    fn product<L: Lanes>(l: L, unit: &[u8], x: &Segment, powers: Powers<L>) -> Product<L::V> {
         let r = L::ROWS;
         let (scales, weights) = unit.split_at(2 * (unit.len() / 34));
         let mut i = l.zero_wide();
@@ -220,7 +291,7 @@ impl Codec for Bytes {
     }
 
     #[inline(always)]
-    fn fill<L: Lanes>(l: L, unit: &[u8], powers: Powers<L::F>, panel: &mut Panel) {
+    fn fill<L: Lanes>(l: L, unit: &[u8], powers: Powers<L>, panel: &mut Panel) {
         let r = L::ROWS;
         let (scales, weights) = unit.split_at(2 * (unit.len() / 34));
         for (i, word) in weights.chunks_exact(4 * r).enumerate() {
@@ -373,7 +444,7 @@ impl<const FIFTHS: bool> Panelled for SuperNibbles<FIFTHS> {
 
 impl<const FIFTHS: bool> Codec for SuperNibbles<FIFTHS> {
     #[inline(always)]
-    fn product<L: Lanes>(l: L, unit: &[u8], x: &Segment, powers: Powers<L::F>) -> Product<L::V> {
+    fn product<L: Lanes>(l: L, unit: &[u8], x: &Segment, powers: Powers<L>) -> Product<L::V> {
         let fields = Self::split::<L>(unit);
         let six_bit = six_bit(l, fields.six_bit);
         let mut sum = l.splat(0);
@@ -396,7 +467,7 @@ impl<const FIFTHS: bool> Codec for SuperNibbles<FIFTHS> {
     }
 
     #[inline(always)]
-    fn fill<L: Lanes>(l: L, unit: &[u8], powers: Powers<L::F>, panel: &mut Panel) {
+    fn fill<L: Lanes>(l: L, unit: &[u8], powers: Powers<L>, panel: &mut Panel) {
         let r = L::ROWS;
         let fields = Self::split::<L>(unit);
         let six_bit = six_bit(l, fields.six_bit);
@@ -520,7 +591,7 @@ impl Panelled for SixBits {
 
 impl Codec for SixBits {
     #[inline(always)]
-    fn product<L: Lanes>(l: L, unit: &[u8], x: &Segment, powers: Powers<L::F>) -> Product<L::V> {
+    fn product<L: Lanes>(l: L, unit: &[u8], x: &Segment, powers: Powers<L>) -> Product<L::V> {
         let fields = Self::split::<L>(unit);
         let mut sum = l.splat(0);
         sum = Self::four_blocks(l, &fields, x, 0, sum);
@@ -544,7 +615,7 @@ impl Codec for SixBits {
     }
 
     #[inline(always)]
-    fn fill<L: Lanes>(l: L, unit: &[u8], powers: Powers<L::F>, panel: &mut Panel) {
+    fn fill<L: Lanes>(l: L, unit: &[u8], powers: Powers<L>, panel: &mut Panel) {
         let [codes, subs, d] = Self::split::<L>(unit);
         for h in 0..2 {
             for g in 0..8 {

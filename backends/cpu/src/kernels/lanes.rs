@@ -47,6 +47,15 @@ pub(super) trait Lanes: Copy {
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    fn xor(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Differences of bytes.
+    fn sub8(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Logical shift to the right by a number of bits for each row; 32 and more leave nothing.
+    fn shr_by(self, a: Self::V, by: Self::V) -> Self::V;
+    /// Sixteen bytes for [`Lanes::look_up`].
+    fn table(self, bytes: &[u8; 16]) -> Self::V;
+    /// Of a table, the byte that each byte of `at`, which is below 16, names.
+    fn look_up(self, table: Self::V, at: Self::V) -> Self::V;
     /// Products of i16 halves, low 16 bits.
     fn mul16(self, a: Self::V, b: Self::V) -> Self::V;
     /// Products of i16 halves, summed.
@@ -84,6 +93,9 @@ pub(super) trait Lanes: Copy {
     /// The accumulated sum times a factor, given as two equal i16; `sum`: the activations' sum times the factor.
     fn dot_signed_end(self, acc: Self::V, twice: u32, sum: i32) -> Self::V;
 
+    /// The accumulated sum times sub-scales and a `u`, given as two equal i16; `us`: the activations' sum times `u`.
+    fn dot_signed_scaled(self, acc: Self::V, sub_scale: Self::V, twice: u32, us: i32) -> Self::V;
+
     fn zero_wide(self) -> Wide<Self::V>;
     /// Adds products of 32-bit integers.
     fn mul_add_wide(self, acc: Wide<Self::V>, a: Self::V, b: Self::V) -> Wide<Self::V>;
@@ -104,6 +116,89 @@ pub(super) trait Lanes: Copy {
     /// of use in `y`, if a sum is too large for this way of doing it.
     fn round(self, a: Wide<Self::V>, exponents: Self::V, y: &mut [f32]) -> bool;
 }
+
+/// Methods of [`Lanes`] as calls of the functions of that name beside the implementation.
+macro_rules! forward {
+    ($(fn $name:ident $(<const $c:ident: $ct:ty>)? ($($a:ident: $t:ty),*) $(-> $r:ty)?;)*) => {$(
+        #[inline(always)]
+        fn $name $(<const $c: $ct>)? (self, $($a: $t),*) $(-> $r)? {
+            // SAFETY: a value of this type exists only where the instructions do.
+            unsafe { $name $(::<$c>)? ($($a),*) }
+        }
+    )*};
+}
+pub(super) use forward;
+
+/// Implements [`Lanes`] for a proof of an instruction set by functions, all of one set of target features or of part of it,
+/// that stand beside it.
+macro_rules! lanes {
+    ($proof:ty, rows: $rows:literal, narrow: $narrow:literal, $v:ty, $f:ty) => {
+        impl Lanes for $proof {
+            const ROWS: usize = $rows;
+            const NARROW: bool = $narrow;
+            type V = $v;
+            type F = $f;
+
+            #[inline(always)]
+            fn vectorise<J: Job>(self, job: J) -> J::Output {
+                // SAFETY: a value of this type exists only where the instructions do.
+                unsafe { vectorise(self, job) }
+            }
+
+            forward! {
+                fn prefetch(bytes: &[u8]);
+                fn load(bytes: &[u8]) -> $v;
+                fn store(v: $v, bytes: &mut [u8]);
+                fn load_u8(bytes: &[u8]) -> $v;
+                fn load_i16(bytes: &[u8]) -> $v;
+                fn load_f16(bytes: &[u8]) -> $f;
+                fn splat(word: u32) -> $v;
+                fn and(a: $v, b: $v) -> $v;
+                fn or(a: $v, b: $v) -> $v;
+                fn shl<const N: u32>(a: $v) -> $v;
+                fn shr<const N: u32>(a: $v) -> $v;
+                fn add(a: $v, b: $v) -> $v;
+                fn sub(a: $v, b: $v) -> $v;
+                fn min(a: $v, b: $v) -> $v;
+                fn xor(a: $v, b: $v) -> $v;
+                fn sub8(a: $v, b: $v) -> $v;
+                fn shr_by(a: $v, by: $v) -> $v;
+                fn table(bytes: &[u8; 16]) -> $v;
+                fn look_up(table: $v, at: $v) -> $v;
+                fn mul16(a: $v, b: $v) -> $v;
+                fn madd16(a: $v, b: $v) -> $v;
+                fn pow2(e: $v) -> $f;
+                fn negate(a: $f) -> $f;
+                fn mul_floor(a: $f, b: $f) -> $v;
+                fn dot(acc: $v, w: $v, q: u32) -> $v;
+                fn dot_add(a: $v, b: $v) -> $v;
+                fn dot_end(acc: $v, factor: $v) -> $v;
+                fn factor(twice: u32) -> $v;
+                fn sub_scale<const J: i32>(v: $v) -> $v;
+                fn signed_sub_scale<const J: i32>(v: $v) -> $v;
+                fn times(sub_scale: $v, twice: u32) -> $v;
+                fn pair<const J: i32>(v: $v) -> $v;
+                fn signed_pair<const J: i32>(v: $v) -> $v;
+                fn prepare_signed(w: $v) -> Wide<$v>;
+                fn dot_signed(acc: $v, w: Wide<$v>, q: u32) -> $v;
+                fn dot_signed_end(acc: $v, twice: u32, sum: i32) -> $v;
+                fn dot_signed_scaled(acc: $v, sub_scale: $v, twice: u32, us: i32) -> $v;
+                fn zero_wide() -> Wide<$v>;
+                fn mul_add_wide(acc: Wide<$v>, a: $v, b: $v) -> Wide<$v>;
+                fn odd(a: $v) -> $v;
+                fn mul_add_parted(acc: Wide<$v>, a: $v, b: Wide<$v>) -> Wide<$v>;
+                fn mul_add_splat(acc: Wide<$v>, a: i32, b: Wide<$v>) -> Wide<$v>;
+                fn add_wide(a: Wide<$v>, b: Wide<$v>) -> Wide<$v>;
+                fn sub_wide(a: Wide<$v>, b: Wide<$v>) -> Wide<$v>;
+                fn shift_wide(a: Wide<$v>, by: $v) -> Wide<$v>;
+                fn load_wide(sums: &Sums) -> Wide<$v>;
+                fn store_wide(a: Wide<$v>, sums: &mut Sums);
+                fn round(a: Wide<$v>, exponents: $v, y: &mut [f32]) -> bool;
+            }
+        }
+    };
+}
+pub(super) use lanes;
 
 /// Most rows of a vector.
 pub(super) const MAX_ROWS: usize = 16;

@@ -35,8 +35,17 @@ fn matrix(encoding: Encoding, rows: usize, cols: usize) -> Vec<u8> {
         Encoding::Q6_K => &[208],
         Encoding::Q2_K => &[80, 82],
         Encoding::Q3_K => &[108],
+        Encoding::TQ1_0 => &[52],
+        Encoding::TQ2_0 => &[64],
+        // No f16, or none in one piece.
+        Encoding::MXFP4 | Encoding::NVFP4 | Encoding::IQ1_M | Encoding::APR_Q8 => &[],
         _ => &[0],
     };
+    if encoding == Encoding::MXFP4 {
+        for block in bytes.chunks_exact_mut(encoding.block_bytes() as usize) {
+            block[0] = 118 + block[0] % 4;
+        }
+    }
     if encoding.block_bytes() > 1 {
         for block in bytes.chunks_exact_mut(encoding.block_bytes() as usize) {
             for at in f16 {
@@ -94,7 +103,7 @@ impl Bench {
             bytes: &self.bytes,
             side: &self.side,
             packed: self.packed,
-            scale: None,
+            scale: (self.encoding == Encoding::APR_Q8).then_some(0.37),
         };
         quickest(budget, || {
             let mut results = Results::new(&mut out, self.rows);
@@ -141,10 +150,10 @@ fn kernels() {
             if isa == Isa::scalar() && std::env::var("HOIST_MEASURE").is_err() {
                 continue;
             }
-            let cols = if encoding.block_weights() == 256 {
-                2048
-            } else {
-                576
+            let cols = match encoding.block_weights() {
+                256 => 2048,
+                128 => 640,
+                _ => 576,
             };
             let small = Bench::new(isa, encoding, 384, cols, true);
             let large_rows = (64 << 20) / row_bytes(encoding, cols) / 16 * 16;

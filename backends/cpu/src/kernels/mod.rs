@@ -32,6 +32,8 @@ mod avx2_activations;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod blocks;
+#[cfg(target_arch = "x86_64")]
 mod codec;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
@@ -46,6 +48,8 @@ mod panel;
 mod round;
 mod scalar;
 mod side;
+#[cfg(target_arch = "x86_64")]
+mod super_blocks;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]

@@ -7,12 +7,14 @@ use hoist_backend::Encoding;
 use hoist_quant::SegmentView;
 
 use super::activations::{SEGMENT, Segment};
+use super::blocks::{AprBytes, Iq4Nl, Mxfp4, Nvfp4, Q1, Q2, Scaled, Tq1, Tq2};
 use super::codec::{Bytes, Codec, Form, Nibbles, Panelled, Powers, SixBits, SuperNibbles};
 use super::lanes::{Job, Lanes, MAX_ROWS, Sums, Wide};
 use super::matrix::{QuantMatrix, Results};
 use super::pack::{MAX_SEGMENT_BYTES, pack_segment, pack_side, segment_bytes};
 use super::panel::Panel;
 use super::side::{SIDE_ROW_BYTES, SIDE_SEGMENT_BYTES, row_bytes, side_row_bytes};
+use super::super_blocks::{Iq4Xs, Q2K, Q3K, Super};
 use super::tokens::{self, Dots};
 use super::{NonFinite, round};
 
@@ -69,8 +71,20 @@ pub(super) fn matmul<L: Lanes>(lanes: L, call: Call<'_, '_, '_>) -> Result<(), N
         Encoding::Q4_K => packed::<L, SuperNibbles<false>>(lanes, call),
         Encoding::Q5_K => packed::<L, SuperNibbles<true>>(lanes, call),
         Encoding::Q6_K => packed::<L, SixBits>(lanes, call),
-        Encoding::Q2_K => lanes.vectorise(Tokens::<Plain<true>>::of(call)),
-        _ => lanes.vectorise(Tokens::<Plain<false>>::of(call)),
+        Encoding::Q2_K => packed::<L, Super<Q2K>>(lanes, call),
+        Encoding::Q3_K => packed::<L, Super<Q3K>>(lanes, call),
+        Encoding::IQ4_XS => packed::<L, Super<Iq4Xs>>(lanes, call),
+        Encoding::IQ4_NL => packed::<L, Scaled<Iq4Nl>>(lanes, call),
+        Encoding::MXFP4 => packed::<L, Scaled<Mxfp4>>(lanes, call),
+        Encoding::NVFP4 => packed::<L, Scaled<Nvfp4>>(lanes, call),
+        Encoding::TQ1_0 => packed::<L, Scaled<Tq1>>(lanes, call),
+        Encoding::TQ2_0 => packed::<L, Scaled<Tq2>>(lanes, call),
+        Encoding::Q1_0 => packed::<L, Scaled<Q1>>(lanes, call),
+        Encoding::Q2_0 => packed::<L, Scaled<Q2>>(lanes, call),
+        // Packing gives it Q4_0's nibbles.
+        Encoding::APR_Q4 => packed::<L, Nibbles<false, false>>(lanes, call),
+        Encoding::APR_Q8 => packed::<L, AprBytes>(lanes, call),
+        _ => lanes.vectorise(Tokens::<Plain>::of(call)),
     }
 }
 
@@ -160,10 +174,11 @@ pub(super) struct Below<V> {
 
 impl<V: Copy> Below<V> {
     #[inline(always)]
-    fn powers<L: Lanes<V = V>>(&self, l: L, e_w: V) -> Powers<L::F> {
+    fn powers<L: Lanes<V = V>>(&self, l: L, e_w: V) -> Powers<L> {
         Powers {
             scale: l.pow2(l.sub(self.scale, e_w)),
             min: l.pow2(l.sub(self.min, e_w)),
+            exponent: l.sub(e_w, self.scale),
         }
     }
 
@@ -296,7 +311,7 @@ trait Fill: Panelled {
     fn fill<L: Lanes>(
         l: L,
         operands: (&QuantMatrix<'_>, &Group<'_>, usize),
-        powers: Powers<L::F>,
+        powers: Powers<L>,
         scratch: (&mut [u8], &mut SegmentView),
         panel: &mut Panel,
     ) -> Result<(), NonFinite>;
@@ -314,7 +329,7 @@ impl<C: Codec> Fill for Packed<C> {
     fn fill<L: Lanes>(
         l: L,
         (w, group, segment): (&QuantMatrix<'_>, &Group<'_>, usize),
-        powers: Powers<L::F>,
+        powers: Powers<L>,
         (unit, _): (&mut [u8], &mut SegmentView),
         panel: &mut Panel,
     ) -> Result<(), NonFinite> {
@@ -324,24 +339,24 @@ impl<C: Codec> Fill for Packed<C> {
 }
 
 /// Any encoding, decoded row by row to plain integers.
-struct Plain<const MINS: bool>;
+struct Plain;
 
-impl<const MINS: bool> Panelled for Plain<MINS> {
+impl Panelled for Plain {
     const FORM: Form = Form {
         dots: 0,
         zero: 0,
         halves: true,
-        mins: MINS,
+        mins: false,
         sub_scales: false,
     };
 }
 
-impl<const MINS: bool> Fill for Plain<MINS> {
+impl Fill for Plain {
     #[inline(always)]
     fn fill<L: Lanes>(
         _: L,
         (w, group, segment): (&QuantMatrix<'_>, &Group<'_>, usize),
-        _: Powers<L::F>,
+        _: Powers<L>,
         (_, view): (&mut [u8], &mut SegmentView),
         panel: &mut Panel,
     ) -> Result<(), NonFinite> {

@@ -6,8 +6,9 @@
 //! `offset` stands, for row `r` of `n` and block `b` of `blocks`, at
 //! `n · (blocks · offset + b · len + i · width) + r · width + k`.
 //!
-//! The u32 of fifth bits of Q5_0 and Q5_1 is transposed as well: bit `i` goes to bit `i / 4` of byte `i % 4`, so that four
-//! consecutive weights find theirs at the same place in four bytes. Q6_K's words of nibbles and bit pairs are interleaved,
+//! Words of single bits (Q5_0's and Q5_1's fifth bits, Q1_0) are transposed as well: bit `i` goes to bit `i / 4` of byte
+//! `i % 4`, so that four consecutive weights find theirs at the same place in four bytes. So are Q2_0's bit pairs, and
+//! AprQ4's nibbles become Q4_0's. Q6_K's words of nibbles and bit pairs are interleaved,
 //! because a processor foresees one stream and not three.
 
 use std::ops::Range;
@@ -34,8 +35,12 @@ struct Field {
 enum Order {
     /// They stay as they are.
     Kept,
-    /// The u32 of fifth bits, transposed.
-    Fifths,
+    /// Words of single bits, transposed.
+    Bits,
+    /// Words of bit pairs, transposed.
+    Pairs,
+    /// Sixteen bytes of nibbles in the order of weights, as Q4_0 has them.
+    Halves,
     /// Q6_K's codes, in the order in which they are needed.
     Interleaved,
 }
@@ -86,12 +91,12 @@ const fn words(offset: usize, len: usize) -> Field {
     }
 }
 
-const fn fifths(offset: usize) -> Field {
+const fn bits(offset: usize, len: usize) -> Field {
     Field {
         offset,
-        len: 4,
+        len,
         width: 4,
-        order: Order::Fifths,
+        order: Order::Bits,
     }
 }
 
@@ -104,19 +109,67 @@ const fn interleaved(offset: usize, len: usize) -> Field {
     }
 }
 
+const fn single(offset: usize) -> Field {
+    Field {
+        offset,
+        len: 1,
+        width: 1,
+        order: Order::Kept,
+    }
+}
+
+const fn pairs(offset: usize, len: usize) -> Field {
+    Field {
+        offset,
+        len,
+        width: 4,
+        order: Order::Pairs,
+    }
+}
+
+const fn in_order(offset: usize) -> Field {
+    Field {
+        offset,
+        len: 16,
+        width: 4,
+        order: Order::Halves,
+    }
+}
+
 const Q4_0: &[Field] = &[halves(0), words(2, 16)];
 const Q4_1: &[Field] = &[halves(0), halves(2), words(4, 16)];
-const Q5_0: &[Field] = &[halves(0), fifths(2), words(6, 16)];
-const Q5_1: &[Field] = &[halves(0), halves(2), fifths(4), words(8, 16)];
+const Q5_0: &[Field] = &[halves(0), bits(2, 4), words(6, 16)];
+const Q5_1: &[Field] = &[halves(0), halves(2), bits(4, 4), words(8, 16)];
 const Q8_0: &[Field] = &[halves(0), words(2, 32)];
 const Q4_K: &[Field] = &[halves(0), halves(2), words(4, 140)];
 const Q5_K: &[Field] = &[halves(0), halves(2), words(4, 172)];
 const Q6_K: &[Field] = &[interleaved(0, 192), words(192, 16), halves(208)];
 
+const Q2_K: &[Field] = &[words(0, 80), halves(80), halves(82)];
+const Q3_K: &[Field] = &[words(0, 108), halves(108)];
+const IQ4_XS: &[Field] = &[halves(0), halves(2), words(4, 132)];
+const MXFP4: &[Field] = &[single(0), words(1, 16)];
+const NVFP4: &[Field] = &[words(0, 36)];
+const TQ1_0: &[Field] = &[words(0, 52), halves(52)];
+const TQ2_0: &[Field] = &[words(0, 64), halves(64)];
+const Q1_0: &[Field] = &[halves(0), bits(2, 16)];
+const Q2_0: &[Field] = &[halves(0), pairs(2, 16)];
+const APR_Q4: &[Field] = &[halves(0), in_order(2)];
+const APR_Q8: &[Field] = &[words(0, 32)];
+
+/// Bytes that are packed as a block.
+fn block_bytes(encoding: Encoding) -> usize {
+    match encoding {
+        // Its own is a single weight.
+        Encoding::APR_Q8 => 32,
+        _ => encoding.block_bytes() as usize,
+    }
+}
+
 /// Fields of an encoding's block; `None` for encodings that are not packed.
 fn fields(encoding: Encoding) -> Option<&'static [Field]> {
     Some(match encoding {
-        Encoding::Q4_0 => Q4_0,
+        Encoding::Q4_0 | Encoding::IQ4_NL => Q4_0,
         Encoding::Q4_1 => Q4_1,
         Encoding::Q5_0 => Q5_0,
         Encoding::Q5_1 => Q5_1,
@@ -124,6 +177,17 @@ fn fields(encoding: Encoding) -> Option<&'static [Field]> {
         Encoding::Q4_K => Q4_K,
         Encoding::Q5_K => Q5_K,
         Encoding::Q6_K => Q6_K,
+        Encoding::Q2_K => Q2_K,
+        Encoding::Q3_K => Q3_K,
+        Encoding::IQ4_XS => IQ4_XS,
+        Encoding::MXFP4 => MXFP4,
+        Encoding::NVFP4 => NVFP4,
+        Encoding::TQ1_0 => TQ1_0,
+        Encoding::TQ2_0 => TQ2_0,
+        Encoding::Q1_0 => Q1_0,
+        Encoding::Q2_0 => Q2_0,
+        Encoding::APR_Q4 => APR_Q4,
+        Encoding::APR_Q8 => APR_Q8,
         _ => return None,
     })
 }
@@ -132,7 +196,7 @@ fn fields(encoding: Encoding) -> Option<&'static [Field]> {
 pub(super) const MAX_SEGMENT_BYTES: usize = 272;
 
 /// Bit `i` to bit `i / 4` of byte `i % 4`.
-fn transpose_fifths(word: u32) -> u32 {
+fn transpose_bits(word: u32) -> u32 {
     // The eight bits that stand four apart, from bit `k` on, moved together.
     let byte = |k: u32| {
         let bits = word >> k & 0x1111_1111;
@@ -143,9 +207,30 @@ fn transpose_fifths(word: u32) -> u32 {
     byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24
 }
 
-/// The inverse of [`transpose_fifths`].
-fn restore_fifths(word: u32) -> u32 {
+/// The inverse of [`transpose_bits`].
+fn restore_bits(word: u32) -> u32 {
     (0..32).fold(0, |out, i| out | (word >> (8 * (i % 4) + i / 4) & 1) << i)
+}
+
+/// Bit pair `i` of byte `k` to bit pair `k` of byte `i`; its own inverse.
+fn transpose_pairs(word: u32) -> u32 {
+    // Squares of two by two, then their elements.
+    let squares = (word ^ word >> 12) & 0x0000_f0f0;
+    let word = word ^ squares ^ squares << 12;
+    let elements = (word ^ word >> 6) & 0x00cc_00cc;
+    word ^ elements ^ elements << 6
+}
+
+/// Weights in order, two a byte, become those of the lower half in low nibbles and those of the upper one in high nibbles.
+fn split_halves(bytes: [u8; 16]) -> [u8; 16] {
+    let nibble = |i: usize| bytes[i / 2] >> (4 * (i % 2)) & 15;
+    std::array::from_fn(|i| nibble(i) | nibble(16 + i) << 4)
+}
+
+/// The inverse of [`split_halves`].
+fn join_halves(bytes: [u8; 16]) -> [u8; 16] {
+    let nibble = |i: usize| bytes[i % 16] >> (4 * (i / 16)) & 15;
+    std::array::from_fn(|i| nibble(2 * i) | nibble(2 * i + 1) << 4)
 }
 
 /// Packs one segment of up to `group` rows into `out`; rows that are missing are zeros. `rows` are whole rows of canonical
@@ -172,7 +257,7 @@ fn pack_rows<const G: usize>(
     out: &mut [u8],
 ) {
     const MISSING: &[u8] = &[0; MAX_SEGMENT_BYTES];
-    let block_bytes = encoding.block_bytes() as usize;
+    let block_bytes = block_bytes(encoding);
     let blocks = at.len() / block_bytes;
     let mut segments = [MISSING; G];
     for (row, segment) in rows.chunks_exact(row_bytes).zip(&mut segments) {
@@ -186,9 +271,16 @@ fn pack_rows<const G: usize>(
             for (r, segment) in segments.iter().enumerate() {
                 let words = &segment[from..from + field.len];
                 match field.len {
+                    1 => out[r] = words[0],
                     2 => out[2 * r..2 * r + 2].copy_from_slice(words),
                     4 => scatter::<G, 1>(field.order, r, words, out),
                     16 => scatter::<G, 4>(field.order, r, words, out),
+                    36 => scatter::<G, 9>(field.order, r, words, out),
+                    52 => scatter::<G, 13>(field.order, r, words, out),
+                    64 => scatter::<G, 16>(field.order, r, words, out),
+                    80 => scatter::<G, 20>(field.order, r, words, out),
+                    108 => scatter::<G, 27>(field.order, r, words, out),
+                    132 => scatter::<G, 33>(field.order, r, words, out),
                     32 => scatter::<G, 8>(field.order, r, words, out),
                     140 => scatter::<G, 35>(field.order, r, words, out),
                     172 => scatter::<G, 43>(field.order, r, words, out),
@@ -220,9 +312,22 @@ fn scatter<const G: usize, const N: usize>(order: Order, r: usize, words: &[u8],
                 out[r] = *word;
             }
         }
-        Order::Fifths => {
+        Order::Bits => {
             for (word, out) in words.iter().zip(out) {
-                out[r] = transpose_fifths(u32::from_le_bytes(*word)).to_le_bytes();
+                out[r] = transpose_bits(u32::from_le_bytes(*word)).to_le_bytes();
+            }
+        }
+        Order::Pairs => {
+            for (word, out) in words.iter().zip(out) {
+                out[r] = transpose_pairs(u32::from_le_bytes(*word)).to_le_bytes();
+            }
+        }
+        Order::Halves => {
+            for (words, out) in words.as_chunks::<4>().0.iter().zip(out.as_chunks_mut::<4>().0) {
+                let split = split_halves(bytemuck::cast(*words));
+                for (word, out) in split.as_chunks::<4>().0.iter().zip(out) {
+                    out[r] = *word;
+                }
             }
         }
         Order::Interleaved => {
@@ -235,16 +340,22 @@ fn scatter<const G: usize, const N: usize>(order: Order, r: usize, words: &[u8],
 
 /// Reads one row's words of a field back.
 fn gather(field: &Field, group: usize, r: usize, packed: &[u8], words: &mut [u8]) {
-    if field.width == 2 {
-        words.copy_from_slice(&packed[2 * r..2 * r + 2]);
+    if field.width < 4 {
+        words.copy_from_slice(&packed[field.width * r..field.width * (r + 1)]);
         return;
     }
     let words = words.as_chunks_mut::<4>().0;
     for (i, packed) in packed.as_chunks::<4>().0[r..].iter().step_by(group).enumerate() {
         words[field.order.word(i)] = match field.order {
-            Order::Fifths => restore_fifths(u32::from_le_bytes(*packed)).to_le_bytes(),
-            _ => *packed,
+            Order::Bits => restore_bits(u32::from_le_bytes(*packed)).to_le_bytes(),
+            Order::Pairs => transpose_pairs(u32::from_le_bytes(*packed)).to_le_bytes(),
+            Order::Kept | Order::Halves | Order::Interleaved => *packed,
         };
+    }
+    if field.order == Order::Halves {
+        for words in words.as_chunks_mut::<4>().0 {
+            *words = bytemuck::cast(join_halves(bytemuck::cast(*words)));
+        }
     }
 }
 
@@ -316,7 +427,7 @@ pub(crate) fn unpack(
     assert_eq!(range.len(), out.len());
     let group = isa.group();
     let row = row_bytes(encoding, cols);
-    let block_bytes = encoding.block_bytes() as usize;
+    let block_bytes = block_bytes(encoding);
     let whole_groups = bytes.len() / (group * row) * group * row;
     let mut at = range.start;
     let mut out = out;
@@ -339,12 +450,13 @@ pub(crate) fn unpack(
 
 /// Block `index` of the matrix, counted in canonical order, which is in a whole group.
 fn unpack_block(encoding: Encoding, cols: usize, group: usize, bytes: &[u8], index: usize, out: &mut [u8]) {
-    let row_blocks = cols / encoding.block_weights() as usize;
-    let segment_blocks = SEGMENT / encoding.block_weights() as usize;
+    let block_bytes = block_bytes(encoding);
+    let row_blocks = row_bytes(encoding, cols) / block_bytes;
+    let segment_blocks = row_bytes(encoding, SEGMENT) / block_bytes;
     let (row, block) = (index / row_blocks, index % row_blocks);
     let (segment, b) = (block / segment_blocks, block % segment_blocks);
     let at = segment_bytes(encoding, cols, segment);
-    let blocks = at.len() / encoding.block_bytes() as usize;
+    let blocks = at.len() / block_bytes;
     let group_start = row / group * group * row_bytes(encoding, cols);
     let unit = &bytes[group_start + group * at.start..group_start + group * at.end];
     for field in fields(encoding).unwrap_or_default() {

@@ -1,7 +1,7 @@
 //! Panels × tokens: the product of a segment of some groups of rows with several tokens.
 
 use super::activations::Segment;
-use super::codec::Panelled;
+use super::codec::{Acc, Panelled};
 use super::lanes::{Lanes, Sums};
 use super::multiply::{Below, PANELS};
 use super::panel::Panel;
@@ -100,7 +100,7 @@ fn scaled_blocks<L: Lanes, P: Panelled, const N: usize, const T: usize>(
                     let dot = if form.dots == 0 {
                         l.dot_signed_end(acc[t].0, um, sum)
                     } else {
-                        end::<L, P>(l, acc[t], l.factor(um))
+                        form.end(l, acc[t], l.factor(um))
                     };
                     dots.set(l, (part * T + t) * N + n, dot);
                 }
@@ -152,8 +152,13 @@ fn super_blocks<L: Lanes, P: Panelled, const N: usize, const T: usize>(
             for n in 0..N {
                 let sub_scale = panels[n].scales(l, part);
                 for t in 0..T {
-                    let factor = l.times(sub_scale, x[t].u_twice[block]);
-                    dots[n][t] = l.add(dots[n][t], end::<L, P>(l, acc[n][t], factor));
+                    let u = x[t].u_twice[block];
+                    let dot = if form.dots == 0 {
+                        l.dot_signed_scaled(acc[n][t].0, sub_scale, u, x[t].us(form.halves, part))
+                    } else {
+                        form.end(l, acc[n][t], l.times(sub_scale, u))
+                    };
+                    dots[n][t] = l.add(dots[n][t], dot);
                 }
             }
         }
@@ -163,7 +168,7 @@ fn super_blocks<L: Lanes, P: Panelled, const N: usize, const T: usize>(
         let m_min = panels[n].super_scales(l, 1);
         for t in 0..T {
             let mut dot = dots[n][t];
-            if form.zero == 32 {
+            if form.zero != 0 {
                 let mut zeros = l.splat(0);
                 for block in 0..blocks {
                     zeros = l.add(
@@ -171,40 +176,28 @@ fn super_blocks<L: Lanes, P: Panelled, const N: usize, const T: usize>(
                         l.madd16(panels[n].pairs(l, block), l.splat(x[t].us_halves[block])),
                     );
                 }
-                dot = l.sub(dot, l.shl::<5>(zeros));
+                dot = l.sub(dot, form.times_zero(l, zeros));
             }
             let m_a = l.splat(x[t].m as u32);
             let i = l.mul_add_wide(l.zero_wide(), dot, l.madd16(m, m_a));
             let j = form.mins.then(|| {
                 let mut min_dot = l.splat(0);
-                for p in 0..blocks / 2 {
-                    let u_mins = l.mul16(panels[n].mins(l, p), l.splat(x[t].u_pair[p]));
-                    min_dot = l.add(min_dot, l.madd16(u_mins, l.splat(x[t].s_pair[p])));
+                if form.halves {
+                    for block in 0..blocks {
+                        let mins = panels[n].mins(l, block);
+                        min_dot = l.add(min_dot, l.madd16(mins, l.splat(x[t].us_halves[block])));
+                    }
+                } else {
+                    for p in 0..blocks / 2 {
+                        let u_mins = l.mul16(panels[n].mins(l, p), l.splat(x[t].u_pair[p]));
+                        min_dot = l.add(min_dot, l.madd16(u_mins, l.splat(x[t].s_pair[p])));
+                    }
                 }
                 l.mul_add_wide(l.zero_wide(), min_dot, l.madd16(m_min, m_a))
             });
             let acc = l.load_wide(&sums[t][n]);
             l.store_wide(below[n].shifted(l, acc, i, j, x[t]), &mut sums[t][n]);
         }
-    }
-}
-
-/// A part's accumulated dots: in one vector, or in two where the second half of the part would not fit 16 bits any more.
-type Acc<V> = (V, V);
-
-/// Whether a whole block's dots do not fit one 16-bit accumulator.
-const fn splits<L: Lanes, P: Panelled>() -> bool {
-    let quads = if P::FORM.halves { 4 } else { 8 };
-    L::NARROW && P::FORM.dots < quads && P::FORM.dots != 0
-}
-
-#[inline(always)]
-fn end<L: Lanes, P: Panelled>(l: L, acc: Acc<L::V>, factor: L::V) -> L::V {
-    let first = l.dot_end(acc.0, factor);
-    if splits::<L, P>() {
-        l.add(first, l.dot_end(acc.1, factor))
-    } else {
-        first
     }
 }
 
@@ -217,7 +210,7 @@ fn dot_part<L: Lanes, P: Panelled, const N: usize, const T: usize>(
     x: &[&Segment; T],
 ) -> [[Acc<L::V>; T]; N] {
     let form = P::FORM;
-    let quads = if form.halves { 4 } else { 8 };
+    let quads = form.quads();
     let mut acc = [[(l.splat(0), l.splat(0)); T]; N];
     for quad in quads * part..quads * (part + 1) {
         if form.dots == 0 {
@@ -231,7 +224,7 @@ fn dot_part<L: Lanes, P: Panelled, const N: usize, const T: usize>(
                 }
             }
         } else {
-            let second = splits::<L, P>() && quad - quads * part >= quads / 2;
+            let second = form.splits::<L>() && quad - quads * part >= quads / 2;
             let mut w = [panels[0].weights(l, quad); N];
             for n in 1..N {
                 w[n] = panels[n].weights(l, quad);
