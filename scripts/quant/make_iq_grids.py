@@ -57,11 +57,11 @@ def main() -> None:
         levels = ", ".join(str(level) for level in cls.grid_map)
         print()
         print(f"/// Levels of [`{name}`].")
-        print(f"pub(crate) const {name}_LEVELS: [i8; {len(cls.grid_map)}] = [{levels}];")
+        print(f"pub const {name}_LEVELS: [i8; {len(cls.grid_map)}] = [{levels}];")
         print()
         print(f"/// {entries} entries of {what}.")
         print("#[rustfmt::skip]")
-        print(f"pub(crate) const {name}: [u16; {entries}] = [")
+        print(f"pub const {name}: [u16; {entries}] = [")
         for i in range(0, entries, 12):
             print("    " + " ".join(f"0x{w:04x}," for w in words[i : i + 12]))
         print("];")

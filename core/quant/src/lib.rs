@@ -56,7 +56,7 @@ mod finite;
 mod float;
 mod fp4;
 mod i_quants;
-mod iq_grids;
+pub mod iq_grids;
 mod k_quants;
 mod legacy;
 mod scale;

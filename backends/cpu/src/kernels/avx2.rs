@@ -173,6 +173,22 @@ fn look_up(table: V, at: V) -> V {
 
 #[target_feature(enable = "avx2")]
 #[inline]
+fn gather<const N: usize>(table: &[u32; N], at: V) -> V {
+    const { assert!(N.is_power_of_two() && N < 1 << 31) };
+    let at = and(at, splat(N as u32 - 1));
+    // SAFETY: each place is below `N`, the table's length, as its mask has just made it.
+    unsafe { _mm256_i32gather_epi32::<4>(table.as_ptr().cast(), at) }
+}
+
+/// Signs are never zero, which would make zeros of bytes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn flip(w: V, signs: V) -> V {
+    _mm256_sign_epi8(w, or(signs, splat(0x0101_0101)))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
 fn mul16(a: V, b: V) -> V {
     _mm256_mullo_epi16(a, b)
 }

@@ -162,6 +162,21 @@ fn look_up(table: V, at: V) -> V {
     _mm512_shuffle_epi8(table, at)
 }
 
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn gather<const N: usize>(table: &[u32; N], at: V) -> V {
+    const { assert!(N.is_power_of_two() && N < 1 << 31) };
+    let at = and(at, splat(N as u32 - 1));
+    // SAFETY: each place is below `N`, the table's length, as its mask has just made it.
+    unsafe { _mm512_i32gather_epi32::<4>(at, table.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512bw")]
+#[inline]
+fn flip(w: V, signs: V) -> V {
+    _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(signs), _mm512_setzero_si512(), w)
+}
+
 #[target_feature(enable = "avx512bw")]
 #[inline]
 fn mul16(a: V, b: V) -> V {

@@ -108,6 +108,7 @@ const fn form(dots: usize, zero: i32) -> Form {
         halves: false,
         mins: false,
         sub_scales: false,
+        shift: 0,
     }
 }
 

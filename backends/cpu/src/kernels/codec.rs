@@ -35,6 +35,8 @@ pub(super) struct Form {
     pub(super) mins: bool,
     /// Whether scales are small integers under a super-block's scale.
     pub(super) sub_scales: bool,
+    /// Power of two that makes sub-scales and weights integers, in the exponent of a super-block's scale.
+    pub(super) shift: i32,
 }
 
 /// A part's accumulated dots: in one vector, or in two where the second half of the part would not fit 16 bits any more.
@@ -181,6 +183,7 @@ impl<const FIFTHS: bool, const MINS: bool> Panelled for Nibbles<FIFTHS, MINS> {
         halves: false,
         mins: MINS,
         sub_scales: false,
+        shift: 0,
     };
 }
 
@@ -266,6 +269,7 @@ impl Panelled for Bytes {
         halves: false,
         mins: false,
         sub_scales: false,
+        shift: 0,
     };
 }
 
@@ -439,6 +443,7 @@ impl<const FIFTHS: bool> Panelled for SuperNibbles<FIFTHS> {
         halves: false,
         mins: true,
         sub_scales: true,
+        shift: 0,
     };
 }
 
@@ -586,6 +591,7 @@ impl Panelled for SixBits {
         halves: true,
         mins: false,
         sub_scales: true,
+        shift: 0,
     };
 }
 

@@ -56,6 +56,10 @@ pub(super) trait Lanes: Copy {
     fn table(self, bytes: &[u8; 16]) -> Self::V;
     /// Of a table, the byte that each byte of `at`, which is below 16, names.
     fn look_up(self, table: Self::V, at: Self::V) -> Self::V;
+    /// Of a table whose length is a power of two, the word that each row's `at` names; bits of `at` beyond it do not count.
+    fn gather<const N: usize>(self, table: &[u32; N], at: Self::V) -> Self::V;
+    /// Negates those bytes whose byte of `signs` has its upper bit set.
+    fn flip(self, w: Self::V, signs: Self::V) -> Self::V;
     /// Products of i16 halves, low 16 bits.
     fn mul16(self, a: Self::V, b: Self::V) -> Self::V;
     /// Products of i16 halves, summed.
@@ -165,6 +169,8 @@ macro_rules! lanes {
                 fn shr_by(a: $v, by: $v) -> $v;
                 fn table(bytes: &[u8; 16]) -> $v;
                 fn look_up(table: $v, at: $v) -> $v;
+                fn gather<const N: usize>(table: &[u32; N], at: $v) -> $v;
+                fn flip(w: $v, signs: $v) -> $v;
                 fn mul16(a: $v, b: $v) -> $v;
                 fn madd16(a: $v, b: $v) -> $v;
                 fn pow2(e: $v) -> $f;

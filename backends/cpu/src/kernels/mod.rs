@@ -36,6 +36,8 @@ mod blocks;
 #[cfg(target_arch = "x86_64")]
 mod codec;
 #[cfg(target_arch = "x86_64")]
+mod grids;
+#[cfg(target_arch = "x86_64")]
 mod lanes;
 mod matrix;
 #[cfg(test)]

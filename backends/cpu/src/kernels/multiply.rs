@@ -9,6 +9,7 @@ use hoist_quant::SegmentView;
 use super::activations::{SEGMENT, Segment};
 use super::blocks::{AprBytes, Iq4Nl, Mxfp4, Nvfp4, Q1, Q2, Scaled, Tq1, Tq2};
 use super::codec::{Bytes, Codec, Form, Nibbles, Panelled, Powers, SixBits, SuperNibbles};
+use super::grids::{Iq1S, Iq2S, Iq2Xs, Iq2Xxs, Iq3S, Iq3Xxs};
 use super::lanes::{Job, Lanes, MAX_ROWS, Sums, Wide};
 use super::matrix::{QuantMatrix, Results};
 use super::pack::{MAX_SEGMENT_BYTES, pack_segment, pack_side, segment_bytes};
@@ -84,6 +85,12 @@ pub(super) fn matmul<L: Lanes>(lanes: L, call: Call<'_, '_, '_>) -> Result<(), N
         // Packing gives it Q4_0's nibbles.
         Encoding::APR_Q4 => packed::<L, Nibbles<false, false>>(lanes, call),
         Encoding::APR_Q8 => packed::<L, AprBytes>(lanes, call),
+        Encoding::IQ3_S => packed::<L, Super<Iq3S>>(lanes, call),
+        Encoding::IQ3_XXS => packed::<L, Super<Iq3Xxs>>(lanes, call),
+        Encoding::IQ2_S => packed::<L, Super<Iq2S>>(lanes, call),
+        Encoding::IQ2_XS => packed::<L, Super<Iq2Xs>>(lanes, call),
+        Encoding::IQ2_XXS => packed::<L, Super<Iq2Xxs>>(lanes, call),
+        Encoding::IQ1_S => packed::<L, Super<Iq1S>>(lanes, call),
         _ => lanes.vectorise(Tokens::<Plain>::of(call)),
     }
 }
@@ -174,9 +181,9 @@ pub(super) struct Below<V> {
 
 impl<V: Copy> Below<V> {
     #[inline(always)]
-    fn powers<L: Lanes<V = V>>(&self, l: L, e_w: V) -> Powers<L> {
+    fn powers<L: Lanes<V = V>>(&self, l: L, e_w: V, shift: i32) -> Powers<L> {
         Powers {
-            scale: l.pow2(l.sub(self.scale, e_w)),
+            scale: l.pow2(l.add(l.sub(self.scale, e_w), l.splat(shift as u32))),
             min: l.pow2(l.sub(self.min, e_w)),
             exponent: l.sub(e_w, self.scale),
         }
@@ -297,7 +304,7 @@ impl<C: Codec> Job for OneToken<'_, '_, '_, C> {
             for (segment, x) in x.iter().enumerate() {
                 let unit = group.unit::<L>(l, w, segment, &mut buffers.unit);
                 let below = side.below(l, segment);
-                let product = C::product(l, unit, x, below.powers(l, e_w));
+                let product = C::product(l, unit, x, below.powers(l, e_w, C::FORM.shift));
                 acc = below.shifted(l, acc, product.i, C::FORM.mins.then_some(product.j), x);
             }
             side.finish(l, (w, &group), acc, (0, &x[0]), out, &mut largest);
@@ -348,6 +355,7 @@ impl Panelled for Plain {
         halves: true,
         mins: false,
         sub_scales: false,
+        shift: 0,
     };
 }
 
@@ -452,7 +460,7 @@ fn some_rows<L: Lanes, P: Fill, const N: usize>(
     for segment in 0..segments {
         let below = [sides[0].below(l, segment), sides[1].below(l, segment)];
         for n in 0..N {
-            let powers = below[n].powers(l, l.load_i16(sides[n].rows));
+            let powers = below[n].powers(l, l.load_i16(sides[n].rows), P::FORM.shift);
             P::fill(
                 l,
                 (w, &groups[n], segment),

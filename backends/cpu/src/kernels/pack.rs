@@ -8,7 +8,7 @@
 //!
 //! Words of single bits (Q5_0's and Q5_1's fifth bits, Q1_0) are transposed as well: bit `i` goes to bit `i / 4` of byte
 //! `i % 4`, so that four consecutive weights find theirs at the same place in four bytes. So are Q2_0's bit pairs, and
-//! AprQ4's nibbles become Q4_0's. Q6_K's words of nibbles and bit pairs are interleaved,
+//! AprQ4's nibbles become Q4_0's, and the sign bits of the IQ encodings, of which some leave out each eighth. Q6_K's words of nibbles and bit pairs are interleaved,
 //! because a processor foresees one stream and not three.
 
 use std::ops::Range;
@@ -39,6 +39,12 @@ enum Order {
     Bits,
     /// Words of bit pairs, transposed.
     Pairs,
+    /// Words of four times seven sign bits, and four other bits on top, transposed.
+    Signs,
+    /// Every other word such a one.
+    OddSigns,
+    /// Four u16 of seven sign bits over nine others: a word of low bytes, and one of signs with the ninth bits on top.
+    NineBits,
     /// Sixteen bytes of nibbles in the order of weights, as Q4_0 has them.
     Halves,
     /// Q6_K's codes, in the order in which they are needed.
@@ -136,6 +142,15 @@ const fn in_order(offset: usize) -> Field {
     }
 }
 
+const fn ordered(offset: usize, len: usize, order: Order) -> Field {
+    Field {
+        offset,
+        len,
+        width: 4,
+        order,
+    }
+}
+
 const Q4_0: &[Field] = &[halves(0), words(2, 16)];
 const Q4_1: &[Field] = &[halves(0), halves(2), words(4, 16)];
 const Q5_0: &[Field] = &[halves(0), bits(2, 4), words(6, 16)];
@@ -156,6 +171,13 @@ const Q1_0: &[Field] = &[halves(0), bits(2, 16)];
 const Q2_0: &[Field] = &[halves(0), pairs(2, 16)];
 const APR_Q4: &[Field] = &[halves(0), in_order(2)];
 const APR_Q8: &[Field] = &[words(0, 32)];
+
+const IQ3_S: &[Field] = &[halves(0), words(2, 72), bits(74, 32), words(106, 4)];
+const IQ3_XXS: &[Field] = &[halves(0), words(2, 64), ordered(66, 32, Order::Signs)];
+const IQ2_S: &[Field] = &[halves(0), words(2, 32), bits(34, 32), words(66, 16)];
+const IQ2_XS: &[Field] = &[halves(0), ordered(2, 64, Order::NineBits), words(66, 8)];
+const IQ2_XXS: &[Field] = &[halves(0), ordered(2, 64, Order::OddSigns)];
+const IQ1_S: &[Field] = &[halves(0), words(2, 48)];
 
 /// Bytes that are packed as a block.
 fn block_bytes(encoding: Encoding) -> usize {
@@ -188,6 +210,12 @@ fn fields(encoding: Encoding) -> Option<&'static [Field]> {
         Encoding::Q2_0 => Q2_0,
         Encoding::APR_Q4 => APR_Q4,
         Encoding::APR_Q8 => APR_Q8,
+        Encoding::IQ3_S => IQ3_S,
+        Encoding::IQ3_XXS => IQ3_XXS,
+        Encoding::IQ2_S => IQ2_S,
+        Encoding::IQ2_XS => IQ2_XS,
+        Encoding::IQ2_XXS => IQ2_XXS,
+        Encoding::IQ1_S => IQ1_S,
         _ => return None,
     })
 }
@@ -233,6 +261,47 @@ fn join_halves(bytes: [u8; 16]) -> [u8; 16] {
     std::array::from_fn(|i| nibble(2 * i) | nibble(2 * i + 1) << 4)
 }
 
+/// Where bit `i` of a word of signs goes: sign `i % 7` of the eight weights `i / 7` to the place that [`transpose_bits`]
+/// gives that weight, the four bits on top to those of the signs that are not written.
+const fn sign_place(i: u32) -> u32 {
+    let weight = if i < 28 {
+        8 * (i / 7) + i % 7
+    } else {
+        8 * (i - 28) + 7
+    };
+    8 * (weight % 4) + weight / 4
+}
+
+/// A word of four times seven sign bits and four others, so that signs are where [`transpose_bits`] has them.
+fn transpose_signs(word: u32) -> u32 {
+    // Eight bits for each seven signs, the fourth of those on top.
+    let spread = |l: u32| (word >> (7 * l) & 127 | (word >> (28 + l) & 1) << 7) << (8 * l);
+    transpose_bits(spread(0) | spread(1) | spread(2) | spread(3))
+}
+
+/// The inverse of [`transpose_signs`].
+fn restore_signs(word: u32) -> u32 {
+    (0..32).fold(0, |out, i| out | (word >> sign_place(i) & 1) << i)
+}
+
+/// Four u16 of nine bits under seven signs: low bytes, and signs under the ninth bits, transposed.
+fn split_nine_bits([a, b]: [u32; 2]) -> [u32; 2] {
+    let parts = [a & 0xffff, a >> 16, b & 0xffff, b >> 16];
+    let mut out = [0, 0];
+    for (l, part) in parts.into_iter().enumerate() {
+        out[0] |= (part & 255) << (8 * l);
+        out[1] |= (part >> 9) << (7 * l) | (part >> 8 & 1) << (28 + l);
+    }
+    [out[0], transpose_signs(out[1])]
+}
+
+/// The inverse of [`split_nine_bits`].
+fn join_nine_bits([low, signs]: [u32; 2]) -> [u32; 2] {
+    let signs = restore_signs(signs);
+    let part = |l: u32| low >> (8 * l) & 255 | (signs >> (28 + l) & 1) << 8 | (signs >> (7 * l) & 127) << 9;
+    [part(0) | part(1) << 16, part(2) | part(3) << 16]
+}
+
 /// Packs one segment of up to `group` rows into `out`; rows that are missing are zeros. `rows` are whole rows of canonical
 /// bytes, and the segment is bytes `at` of each.
 pub(super) fn pack_segment(
@@ -274,10 +343,13 @@ fn pack_rows<const G: usize>(
                     1 => out[r] = words[0],
                     2 => out[2 * r..2 * r + 2].copy_from_slice(words),
                     4 => scatter::<G, 1>(field.order, r, words, out),
+                    8 => scatter::<G, 2>(field.order, r, words, out),
                     16 => scatter::<G, 4>(field.order, r, words, out),
                     36 => scatter::<G, 9>(field.order, r, words, out),
+                    48 => scatter::<G, 12>(field.order, r, words, out),
                     52 => scatter::<G, 13>(field.order, r, words, out),
                     64 => scatter::<G, 16>(field.order, r, words, out),
+                    72 => scatter::<G, 18>(field.order, r, words, out),
                     80 => scatter::<G, 20>(field.order, r, words, out),
                     108 => scatter::<G, 27>(field.order, r, words, out),
                     132 => scatter::<G, 33>(field.order, r, words, out),
@@ -322,6 +394,24 @@ fn scatter<const G: usize, const N: usize>(order: Order, r: usize, words: &[u8],
                 out[r] = transpose_pairs(u32::from_le_bytes(*word)).to_le_bytes();
             }
         }
+        Order::Signs => {
+            for (word, out) in words.iter().zip(out) {
+                out[r] = transpose_signs(u32::from_le_bytes(*word)).to_le_bytes();
+            }
+        }
+        Order::OddSigns => {
+            for (words, out) in words.as_chunks::<2>().0.iter().zip(out.as_chunks_mut::<2>().0) {
+                out[0][r] = words[0];
+                out[1][r] = transpose_signs(u32::from_le_bytes(words[1])).to_le_bytes();
+            }
+        }
+        Order::NineBits => {
+            for (words, out) in words.as_chunks::<2>().0.iter().zip(out.as_chunks_mut::<2>().0) {
+                let split = split_nine_bits(words.map(u32::from_le_bytes));
+                out[0][r] = split[0].to_le_bytes();
+                out[1][r] = split[1].to_le_bytes();
+            }
+        }
         Order::Halves => {
             for (words, out) in words.as_chunks::<4>().0.iter().zip(out.as_chunks_mut::<4>().0) {
                 let split = split_halves(bytemuck::cast(*words));
@@ -349,8 +439,15 @@ fn gather(field: &Field, group: usize, r: usize, packed: &[u8], words: &mut [u8]
         words[field.order.word(i)] = match field.order {
             Order::Bits => restore_bits(u32::from_le_bytes(*packed)).to_le_bytes(),
             Order::Pairs => transpose_pairs(u32::from_le_bytes(*packed)).to_le_bytes(),
-            Order::Kept | Order::Halves | Order::Interleaved => *packed,
+            Order::Signs => restore_signs(u32::from_le_bytes(*packed)).to_le_bytes(),
+            Order::OddSigns if i % 2 == 1 => restore_signs(u32::from_le_bytes(*packed)).to_le_bytes(),
+            Order::Kept | Order::Halves | Order::Interleaved | Order::OddSigns | Order::NineBits => *packed,
         };
+    }
+    if field.order == Order::NineBits {
+        for words in words.as_chunks_mut::<2>().0 {
+            *words = join_nine_bits(words.map(u32::from_le_bytes)).map(u32::to_le_bytes);
+        }
     }
     if field.order == Order::Halves {
         for words in words.as_chunks_mut::<4>().0 {

@@ -74,6 +74,10 @@ pub(super) fn word<L: Lanes>(l: L, field: &[u8], i: usize) -> L::V {
 #[inline(always)]
 pub(super) fn moved<L: Lanes>(l: L, v: L::V, n: isize) -> L::V {
     match n {
+        -8 => l.shl::<8>(v),
+        -7 => l.shl::<7>(v),
+        -6 => l.shl::<6>(v),
+        -5 => l.shl::<5>(v),
         -4 => l.shl::<4>(v),
         -3 => l.shl::<3>(v),
         -2 => l.shl::<2>(v),
@@ -218,6 +222,28 @@ impl<C: SuperBlock> Codec for Super<C> {
     }
 }
 
+/// Bytes of `even` and of `odd` in turn: two words, whatever follows.
+#[inline(always)]
+pub(super) fn interleaved<L: Lanes>(l: L, even: L::V, odd: L::V) -> [L::V; 4] {
+    let bytes = 0x00ff_00ff;
+    let half = 0xffff;
+    // Bytes 0 1 4 5 and 2 3 6 7.
+    let low = l.or(
+        l.and(even, l.splat(bytes)),
+        l.and(l.shl::<8>(odd), l.splat(!bytes)),
+    );
+    let high = l.or(
+        l.and(l.shr::<8>(even), l.splat(bytes)),
+        l.and(odd, l.splat(!bytes)),
+    );
+    [
+        l.or(l.and(low, l.splat(half)), l.shl::<16>(high)),
+        l.or(l.shr::<16>(low), l.and(high, l.splat(!half))),
+        low,
+        high,
+    ]
+}
+
 /// Sixteen bytes of sub-scales and mins, 64 bytes of 2-bit codes, `d`, `dmin`.
 pub(super) struct Q2K;
 
@@ -228,6 +254,7 @@ impl Panelled for Q2K {
         halves: true,
         mins: true,
         sub_scales: true,
+        shift: 0,
     };
 }
 
@@ -283,6 +310,7 @@ impl Panelled for Q3K {
         halves: true,
         mins: false,
         sub_scales: true,
+        shift: 0,
     };
 }
 
@@ -361,6 +389,7 @@ impl Panelled for Iq4Xs {
         halves: false,
         mins: false,
         sub_scales: true,
+        shift: 0,
     };
 }
 
@@ -381,23 +410,6 @@ impl SuperBlock for Iq4Xs {
         let (even, odd) = nibbles(l, word(l, &unit[4 * r..8 * r], 0));
         let even = lowered(l, l.or(even, Self::spread(l, pairs)));
         let odd = lowered(l, l.or(odd, Self::spread(l, l.shr::<2>(pairs))));
-        // In the order of blocks.
-        let bytes = 0x00ff_00ff;
-        let low = l.or(
-            l.and(even, l.splat(bytes)),
-            l.shl::<8>(l.and(odd, l.splat(bytes))),
-        );
-        let high = l.or(
-            l.and(l.shr::<8>(even), l.splat(bytes)),
-            l.and(odd, l.splat(!bytes)),
-        );
-        // Blocks 0 1 4 5 and 2 3 6 7 so far.
-        let half = 0xffff;
-        [
-            l.or(l.and(low, l.splat(half)), l.shl::<16>(high)),
-            l.or(l.shr::<16>(low), l.and(high, l.splat(!half))),
-            low,
-            high,
-        ]
+        interleaved(l, even, odd)
     }
 }
