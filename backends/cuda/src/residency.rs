@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use hoist_backend::{
     Encoding, Error, FloatLayout, LoadPlan, MemoryByClass, Result, Shape, Sizing, UploadLedger, ValueChange,
-    WeightClass, WeightId, WeightPlan,
+    WeightClass, WeightId, WeightPlan, check_read_back,
 };
 
 use crate::driver::{Context, DeviceBuffer};
@@ -57,24 +57,7 @@ impl Resident {
 
     /// Demands a range of canonical bytes that is within the weight and splits no block.
     pub(crate) fn check_range(&self, name: &str, offset: u64, len: u64) -> Result<()> {
-        let what = || format!("range of `{name}` to read back");
-        let end = offset.checked_add(len).filter(|end| *end <= self.nbytes);
-        let Some(end) = end else {
-            return Err(Error::invalid(
-                what(),
-                format!("one that ends by {}", self.nbytes),
-                format!("{offset} + {len}"),
-            ));
-        };
-        let block = self.encoding.block_bytes();
-        if !offset.is_multiple_of(block) || !end.is_multiple_of(block) {
-            return Err(Error::invalid(
-                what(),
-                format!("multiples of a block of {block} bytes"),
-                format!("{offset}..{end}"),
-            ));
-        }
-        Ok(())
+        check_read_back(name, self.nbytes, self.encoding.block_bytes(), offset, len)
     }
 }
 

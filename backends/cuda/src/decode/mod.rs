@@ -409,15 +409,7 @@ impl Engine {
 
     /// Cuts a sequence back.
     pub(crate) fn truncate(&mut self, sequence: SequenceId, length: u32) -> Result<()> {
-        let held = self.sequence_length(sequence)?;
-        if length > held {
-            return Err(Error::invalid(
-                format!("length to cut sequence {} to", sequence.0),
-                format!("at most {held}"),
-                length,
-            ));
-        }
-        self.workspace.lengths[sequence.0 as usize] = length;
+        *sequence.cut_in(&mut self.workspace.lengths, length)? = length;
         Ok(())
     }
 
@@ -428,10 +420,6 @@ impl Engine {
 
     /// Tokens that a sequence holds.
     pub(crate) fn sequence_length(&self, sequence: SequenceId) -> Result<u32> {
-        let lengths = &self.workspace.lengths;
-        lengths
-            .get(sequence.0 as usize)
-            .copied()
-            .ok_or_else(|| Error::invalid("sequence", format!("below {}", lengths.len()), sequence.0))
+        sequence.length_in(&self.workspace.lengths)
     }
 }
