@@ -33,6 +33,11 @@ pub(crate) fn visible_lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| acts(c) && c != '\n' && c != '\t')
 }
 
+/// As [`visible_lines`], with marks that only say which way text runs as they are: what a model writes may need them.
+pub(crate) fn visible_prose(text: &str) -> Cow<'_, str> {
+    escaped(text, |c| c.is_control() && c != '\n' && c != '\t')
+}
+
 /// At most so many characters, and a `…` in the middle of what has more.
 pub(crate) fn shortened(text: &str, characters: usize) -> Cow<'_, str> {
     // No character has less than a byte.
@@ -78,6 +83,10 @@ mod tests {
         assert_eq!(visible("\x1b[31mé\n\u{9b}x"), "\\u{1b}[31mé\\n\\u{9b}x");
         assert_eq!(visible("a\u{202e}b\u{2066}"), "a\\u{202e}b\\u{2066}");
         assert_eq!(visible_lines("a\tb\n\x1b]0;x\x07"), "a\tb\n\\u{1b}]0;x\\u{7}");
+        assert_eq!(
+            visible_prose("\u{200f}א\t\n\x1b[2J\r"),
+            "\u{200f}א\t\n\\u{1b}[2J\\r"
+        );
         for plain in ["", "model.gguf", "Ünïcödé 👨‍👩‍👧 א\\n"] {
             assert!(matches!(visible(plain), Cow::Borrowed(text) if text == plain));
         }

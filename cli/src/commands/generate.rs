@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::args::{BatchArgs, DeviceArgs, ModelArg};
 use crate::exit::{Code, Usage};
-use crate::report::{self, print_data, print_json, units};
+use crate::report::{self, print_json, print_prose, units};
 use crate::say::say;
 use crate::watch::{catch_interrupts, interrupted};
 use crate::{decoding, models};
@@ -195,7 +195,7 @@ impl Generate {
             let before = text.len();
             stream.push(token, &mut text)?;
             if !json {
-                print_data(&text[before..])?;
+                print_prose(&text[before..])?;
             }
             if position + 1 >= positions {
                 stop = Stop::Context;
@@ -231,7 +231,7 @@ impl Generate {
                 },
             }))?;
         } else {
-            print_data(&format!("{}\n", &text[before..]))?;
+            print_prose(&format!("{}\n", &text[before..]))?;
             if let Stop::Context = stop {
                 say(
                     "note",

@@ -8,12 +8,12 @@ pub(crate) mod profile;
 pub(crate) mod table;
 pub(crate) mod units;
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::say::visible_lines;
+use crate::say::{visible_lines, visible_prose};
 
 /// Prints one JSON object.
 pub(crate) fn print_json(value: &Value) -> Result<()> {
@@ -26,6 +26,14 @@ pub(crate) fn print_json(value: &Value) -> Result<()> {
 /// Prints text for people: what a terminal would act on is spelt out.
 pub(crate) fn print_text(text: &str) -> Result<()> {
     print_data(&visible_lines(text))
+}
+
+/// Prints what a model has written: as it is, but to a terminal, which a model must not drive.
+pub(crate) fn print_prose(text: &str) -> Result<()> {
+    if std::io::stdout().is_terminal() {
+        return print_data(&visible_prose(text));
+    }
+    print_data(text)
 }
 
 /// Prints text for programs, as it is.
