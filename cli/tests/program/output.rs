@@ -189,7 +189,8 @@ fn an_interrupted_judgement_leaves_nothing_behind() {
     let mut told = [0; 4];
     child.stderr.as_mut().unwrap().read_exact(&mut told).unwrap();
     assert_eq!(&told, b"seed");
-    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    // Not INT, which a child ignores where the tests are a shell's background job.
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     child.wait().unwrap();
     assert_eq!(names_in(folder.path()), [""; 0]);
 }

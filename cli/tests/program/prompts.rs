@@ -101,7 +101,8 @@ fn a_prompt_that_is_still_being_typed_can_be_interrupted() {
             .spawn()
             .unwrap();
         std::thread::sleep(Duration::from_millis(300));
-        kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+        // Not INT, which a child ignores where the tests are a shell's background job.
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
         let deadline = Instant::now() + Duration::from_secs(5);
         let status = loop {
             if let Some(status) = child.try_wait().unwrap() {
@@ -113,6 +114,10 @@ fn a_prompt_that_is_still_being_typed_can_be_interrupted() {
             }
             std::thread::sleep(Duration::from_millis(10));
         };
-        assert_eq!(status.signal(), Some(Signal::INT.as_raw()), "{command}: {status}");
+        assert_eq!(
+            status.signal(),
+            Some(Signal::TERM.as_raw()),
+            "{command}: {status}"
+        );
     }
 }
