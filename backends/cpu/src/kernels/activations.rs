@@ -111,6 +111,8 @@ pub(crate) fn quantise(isa: Isa, x: &[f32], out: &mut [Segment]) -> Result<(), N
         Kind::Avx2(avx2) => avx2.quantise(x, out),
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512(avx512) => avx512.avx2.quantise(x, out),
+        #[cfg(all(test, target_arch = "x86_64"))]
+        Kind::Portable(_) => quantise_by(x, out, quantise_segment),
     }
 }
 

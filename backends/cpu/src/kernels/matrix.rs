@@ -191,5 +191,19 @@ pub(crate) fn matmul(
                 },
             )
         }
+        #[cfg(all(test, target_arch = "x86_64"))]
+        Kind::Portable(lanes) => {
+            let buffers = &mut scratch.buffers;
+            multiply::matmul(
+                lanes,
+                multiply::Call {
+                    w,
+                    rows,
+                    x,
+                    out,
+                    buffers,
+                },
+            )
+        }
     }
 }

@@ -47,6 +47,8 @@ mod multiply;
 mod pack;
 #[cfg(target_arch = "x86_64")]
 mod panel;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod portable;
 mod round;
 mod scalar;
 mod side;
@@ -77,6 +79,8 @@ enum Kind {
     Avx2(avx2::Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
+    #[cfg(all(test, target_arch = "x86_64"))]
+    Portable(portable::Portable),
 }
 
 impl Isa {
@@ -104,6 +108,18 @@ impl Isa {
         std::iter::once(Self::scalar())
     }
 
+    /// Those that this machine has, and the one of sixteen rows in plain code.
+    #[cfg(all(test, target_arch = "x86_64"))]
+    pub(crate) fn tested() -> impl Iterator<Item = Self> {
+        Self::available().chain([Self(Kind::Portable(portable::Portable))])
+    }
+
+    /// Those that this machine has.
+    #[cfg(all(test, not(target_arch = "x86_64")))]
+    pub(crate) fn tested() -> impl Iterator<Item = Self> {
+        Self::available()
+    }
+
     /// Name for reports.
     pub(crate) fn name(self) -> &'static str {
         match self.0 {
@@ -112,6 +128,8 @@ impl Isa {
             Kind::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512(_) => "avx512",
+            #[cfg(all(test, target_arch = "x86_64"))]
+            Kind::Portable(_) => "sixteen rows in plain code",
         }
     }
 
@@ -124,6 +142,8 @@ impl Isa {
             Kind::Avx2(_) => <avx2::Avx2 as lanes::Lanes>::ROWS,
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512(_) => <avx512::Avx512 as lanes::Lanes>::ROWS,
+            #[cfg(all(test, target_arch = "x86_64"))]
+            Kind::Portable(_) => <portable::Portable as lanes::Lanes>::ROWS,
         }
     }
 }
