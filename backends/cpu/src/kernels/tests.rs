@@ -322,7 +322,7 @@ fn simd_equals_scalar_for_every_encoding_and_kind_of_operand() {
 fn simd_equals_scalar_for_many_tokens_and_long_rows() {
     let mut random = Random(2);
     for encoding in quantised() {
-        for (rows, cols, tokens) in [(9, 2048, 33), (24, 1536, 1), (17, 512, 131)] {
+        for (rows, cols, tokens) in [(9, 2048, 33), (24, 1536, 1), (17, 512, 131), (65, 512, 6)] {
             let bytes = matrix(&mut random, encoding, rows, cols, Scales::Alike, Codes::Any);
             let x: Vec<f32> = (0..tokens)
                 .flat_map(|t| vector(&mut random, cols, ACTIVATIONS[t % ACTIVATIONS.len()]))
