@@ -164,46 +164,29 @@ pub(crate) fn matmul(
             scalar::matmul(w, rows, x, out)
         }
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx2(lanes) => {
-            let buffers = &mut scratch.buffers;
-            multiply::matmul(
-                lanes,
-                multiply::Call {
-                    w,
-                    rows,
-                    x,
-                    out,
-                    buffers,
-                },
-            )
-        }
+        Kind::Avx2(lanes) => multiply::matmul(lanes, call(w, rows, x, out, scratch)),
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512(lanes) => {
-            let buffers = &mut scratch.buffers;
-            multiply::matmul(
-                lanes,
-                multiply::Call {
-                    w,
-                    rows,
-                    x,
-                    out,
-                    buffers,
-                },
-            )
-        }
+        Kind::Avx512(lanes) => multiply::matmul(lanes, call(w, rows, x, out, scratch)),
         #[cfg(all(test, target_arch = "x86_64"))]
-        Kind::Portable(lanes) => {
-            let buffers = &mut scratch.buffers;
-            multiply::matmul(
-                lanes,
-                multiply::Call {
-                    w,
-                    rows,
-                    x,
-                    out,
-                    buffers,
-                },
-            )
-        }
+        Kind::Portable(lanes) => multiply::matmul(lanes, call(w, rows, x, out, scratch)),
+    }
+}
+
+/// What every instruction set is asked.
+#[cfg(target_arch = "x86_64")]
+fn call<'a, 'w, 'o>(
+    w: &'a QuantMatrix<'w>,
+    rows: Range<usize>,
+    x: &'a [Segment],
+    out: &'a mut Results<'o>,
+    scratch: &'a mut Scratch,
+) -> multiply::Call<'a, 'w, 'o> {
+    let buffers = &mut scratch.buffers;
+    multiply::Call {
+        w,
+        rows,
+        x,
+        out,
+        buffers,
     }
 }
