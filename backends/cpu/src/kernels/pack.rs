@@ -302,6 +302,15 @@ fn join_nine_bits([low, signs]: [u32; 2]) -> [u32; 2] {
     [part(0) | part(1) << 16, part(2) | part(3) << 16]
 }
 
+/// Fields of an encoding that is packed. Without them bytes would be lost silently.
+#[expect(
+    clippy::expect_used,
+    reason = "`pack` refuses what has no fields, and no kernel of packed rows exists for it"
+)]
+fn fields_of_packed(encoding: Encoding) -> &'static [Field] {
+    fields(encoding).expect("an encoding that is packed has fields")
+}
+
 /// Packs one segment of up to `group` rows into `out`; rows that are missing are zeros. `rows` are whole rows of canonical
 /// bytes, and the segment is bytes `at` of each.
 pub(super) fn pack_segment(
@@ -332,7 +341,7 @@ fn pack_rows<const G: usize>(
     for (row, segment) in rows.chunks_exact(row_bytes).zip(&mut segments) {
         *segment = &row[at.clone()];
     }
-    for field in fields(encoding).unwrap_or_default() {
+    for field in fields_of_packed(encoding) {
         let start = G * blocks * field.offset;
         let out = &mut out[start..start + G * blocks * field.len];
         for (b, out) in out.chunks_exact_mut(G * field.len).enumerate() {
@@ -556,7 +565,7 @@ fn unpack_block(encoding: Encoding, cols: usize, group: usize, bytes: &[u8], ind
     let blocks = at.len() / block_bytes;
     let group_start = row / group * group * row_bytes(encoding, cols);
     let unit = &bytes[group_start + group * at.start..group_start + group * at.end];
-    for field in fields(encoding).unwrap_or_default() {
+    for field in fields_of_packed(encoding) {
         let start = group * (blocks * field.offset + b * field.len);
         let packed = &unit[start..start + group * field.len];
         gather(
